@@ -1,0 +1,116 @@
+"""What an attacker is given, and what an attack must offer.
+
+`louver.audit` builds the `View` from the threat model, so an attack can only reach what was granted; the images that
+it will be scored on are never in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from louver.errors import ThreatError
+
+__all__ = ["Attack", "Auxiliary", "Inverter", "Progress", "View"]
+
+Progress = Callable[[str, float], None]
+"""Called as `progress(what, fraction)` while an attack works; fraction runs from 0 to 1."""
+
+
+class FeatureRows(Protocol):
+    """Features of many images, computed once; may live on disk."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: NDArray[np.int64]) -> Tensor:
+        """Features at `index`, float32 (len(index), *feature_shape), on the CPU."""
+
+
+class ImageRows(Protocol):
+    """Images of the attacker; `rows` returns float32 (n, c, h, w) in [0,1]."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: NDArray[np.int64]) -> Float[Tensor, "n c h w"]:
+        """Images at `index`, on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auxiliary:
+    """The attacker's own images. `features` is None where the threat model grants neither edge nor query."""
+
+    images: ImageRows
+    labels: Int[Tensor, " n"] | None
+    features: FeatureRows | None
+
+
+@runtime_checkable
+class Inverter(Protocol):
+    """Features in, pictures out."""
+
+    def __call__(self, features: Tensor, *, progress: Progress | None = None) -> Float[Tensor, "n c h w"]:
+        """Reconstructions in [0,1] of (n, *feature_shape) features."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors from which `Attack.restore` makes the same inverter again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """All that one attacker can reach at one cut.
+
+    `edge` is None unless the threat model grants it; `query` runs the edge as deployed, noise included, and is None
+    unless "query" or "edge" is granted. `train` and `validation` split the auxiliary images: attacks fit on the first
+    and choose on the second. `earlier` holds the inverters that ran before this attack at the same cut.
+    """
+
+    image_shape: tuple[int, int, int]
+    feature_shape: tuple[int, ...]
+    cloud: nn.Module
+    edge: nn.Module | None
+    query: Callable[[Float[Tensor, "n c h w"]], Tensor] | None
+    train: Auxiliary | None
+    validation: Auxiliary | None
+    earlier: Mapping[str, Inverter] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def need_auxiliary(self, attack: str) -> tuple[Auxiliary, Auxiliary]:
+        """The attacker's images to fit on and to choose on.
+
+        Raises:
+            ThreatError: the threat model grants no auxiliary images.
+        """
+        if self.train is None or self.validation is None:
+            raise ThreatError(f"{attack} needs auxiliary images, which the threat model does not grant")
+        return self.train, self.validation
+
+    def need_edge(self, attack: str) -> nn.Module:
+        """The edge half, weights and all.
+
+        Raises:
+            ThreatError: the threat model does not grant the edge.
+        """
+        if self.edge is None:
+            raise ThreatError(f"{attack} needs the edge half, which the threat model does not grant")
+        return self.edge
+
+
+class Attack(Protocol):
+    """One way to turn features back into pictures."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The grants without which it cannot run."""
+
+    def prepare(self, view: View, *, seed: int, progress: Progress | None = None) -> Inverter:
+        """Fit to the edge behind `view`, on auxiliary images only."""
+
+    def restore(self, view: View, state: Mapping[str, Tensor]) -> Inverter:
+        """The inverter whose `state()` this is, without fitting again."""

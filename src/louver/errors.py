@@ -1,0 +1,88 @@
+"""Everything that Louver refuses, as one tree.
+
+    LouverError
+    ├── InputError         what came in is wrong: mend the argument, file or image and run again
+    │   ├── ConfigError    an experiment file or an option
+    │   ├── DataError      images, labels or roles
+    │   └── WeightsError   a checkpoint that does not fit its model
+    ├── CutError           the network cannot be cut there: take one of the legal cuts that it lists
+    ├── ThreatError        the threat model does not grant what the attack needs: grant it or drop the attack
+    ├── AttackError        an attack broke (NaN, wrong shape): its result must not be read as privacy
+    ├── StorageError       the disk refused: what was finished is kept, free space and resume
+    └── MissingExtraError  an optional part is not installed: the message holds the command
+
+Each message says what was expected, what came, and what to do. The command line prints it and exits with code 2.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AttackError",
+    "ConfigError",
+    "CutError",
+    "DataError",
+    "InputError",
+    "LouverError",
+    "MissingExtraError",
+    "StorageError",
+    "ThreatError",
+    "WeightsError",
+    "nearest",
+]
+
+
+class LouverError(Exception):
+    """The root: `except LouverError` catches every refusal of this package."""
+
+
+class InputError(LouverError, ValueError):
+    """What came in is wrong; mend it and run again."""
+
+
+class ConfigError(InputError):
+    """An experiment file or an option is wrong."""
+
+
+class DataError(InputError):
+    """Images, labels or roles are wrong."""
+
+
+class WeightsError(InputError):
+    """A checkpoint does not fit its model, or is not a checkpoint."""
+
+
+class CutError(LouverError, ValueError):
+    """The network cannot be cut at that point; the message lists the nearest that can."""
+
+
+class ThreatError(LouverError, ValueError):
+    """The threat model does not grant what the attack needs."""
+
+
+class AttackError(LouverError, RuntimeError):
+    """An attack broke; a broken attack is never reported as a good defense."""
+
+
+class StorageError(LouverError, OSError):
+    """The disk refused; what was finished before is kept."""
+
+
+class MissingExtraError(LouverError, ImportError):
+    """An optional part of Louver is not installed."""
+
+
+def nearest(wrong: str, legal: list[str], *, most: int = 3) -> str:
+    """A phrase for the end of a message: the legal names closest to `wrong`, or all of them if none is close.
+
+    >>> nearest("layer11", ["layer1", "layer2", "fc"])
+    'nearest: layer1, layer2'
+    >>> nearest("zzz", ["layer1", "fc"])
+    'legal: layer1, fc'
+    """
+    import difflib
+
+    close = difflib.get_close_matches(wrong, legal, n=most, cutoff=0.6)
+    if close:
+        return "nearest: " + ", ".join(close)
+    shown = ", ".join(legal[:20]) + (f", … ({len(legal)} in all)" if len(legal) > 20 else "")
+    return "legal: " + (shown or "none")
