@@ -10,6 +10,8 @@ storage but no values. What counts:
 - Weight bytes: parameters and buffers.
 """
 
+# ruff: noqa: ANN401 - values on their way through a graph are of any type
+
 from __future__ import annotations
 
 import copy
@@ -20,7 +22,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -88,7 +90,7 @@ def profile(trace: Trace, example: Float[Tensor, "n c h w"], batches: tuple[int,
                     inputs = [images]
                     del images
                     steps.append(_run(trace.graph, faked, inputs, weights))
-        except Exception as error:  # noqa: BLE001 - the user's modules run on fake tensors and may raise anything
+        except Exception as error:  # the user's modules run on fake tensors and may raise anything
             text = str(error).strip().splitlines()
             depends = "DataDependent" in type(error).__name__ or "DynamicOutput" in type(error).__name__
             why = (
@@ -185,11 +187,11 @@ def _kind(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else f"a value of type {type(value).__name__}"
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches operators go by: products, writes in place, and bytes held by live tensors."""
 
     def __init__(self, weights: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.weights = {tensor.untyped_storage()._cdata for tensor in weights}
         self.numbers = itertools.count()
         self.storages: dict[int, tuple[int, int, set[int]]] = {}  # address -> (number, bytes, tensors on it)
@@ -240,7 +242,7 @@ class _Meter(TorchDispatchMode):
         return result
 
 
-@lru_cache(maxsize=None)
+@cache
 def _written_names(func: Any) -> tuple[tuple[int, str], ...]:
     arguments = enumerate(func._schema.arguments)
     return tuple((k, a.name) for k, a in arguments if a.alias_info is not None and a.alias_info.is_write)
@@ -260,7 +262,7 @@ def _macs(func: Any, args: Any, result: Any) -> int:
         return int(result.numel()) * int(args[1].shape[-1]) * int(sums)
     if name in ("convolution", "_convolution", "convolution_overrideable"):
         is_transposed = args[6]
-        return int((args[0] if is_transposed else result).numel()) * math.prod(args[1].shape[1:])
+        return int((args[0] if is_transposed else result).numel()) * int(math.prod(args[1].shape[1:]))
     if name.startswith("_scaled_dot_product_"):
         query, key, value = args[:3]
         pairs = math.prod(query.shape[:-1]) * key.shape[-2]

@@ -5,6 +5,8 @@ whose own forward cannot be followed is kept as one indivisible step. torch.expo
 image sizes fixed; it follows what decides by size. Either graph is run once against the network: one bit off, refused.
 """
 
+# ruff: noqa: ANN401 - values on their way through a graph are of any type
+
 from __future__ import annotations
 
 import copy
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
@@ -80,15 +83,16 @@ def trace(model: nn.Module, example: Float[Tensor, "n c h w"]) -> Trace:
     with quiet(), torch.no_grad():
         try:
             expected = net(example.clone())
-        except Exception as error:  # noqa: BLE001 - the user's forward may raise anything; all of it means the same
+        except Exception as error:  # the user's forward may raise anything; all of it means the same
+            shape = tuple(example.shape)
             raise DataError(
-                f"{type(model).__name__} does not run on an example of shape {tuple(example.shape)}: {_first_line(error)}"
+                f"{type(model).__name__} does not run on an example of shape {shape}: {_first_line(error)}"
             ) from error
         reasons = []
         for engine in (_trace_fx, _trace_export):
             try:
                 found = engine(net, example)
-            except _Untraceable as error:
+            except _UntraceableError as error:
                 reasons.append(str(error))
                 continue
             got = fx.GraphModule(found.root, found.graph)(example.clone())
@@ -101,7 +105,7 @@ def trace(model: nn.Module, example: Float[Tensor, "n c h w"]) -> Trace:
     raise CutError(f"cannot cut {type(model).__name__}: " + "; ".join(reasons))
 
 
-class _Untraceable(Exception):
+class _UntraceableError(Exception):
     """One engine gives up; the message is the reason."""
 
 
@@ -118,7 +122,7 @@ def _private_copy(model: nn.Module) -> nn.Module:
         )
     try:
         return copy.deepcopy(model, {id(p): p for p in parameters}).eval()
-    except Exception as error:  # noqa: BLE001 - a user's __deepcopy__ may raise anything
+    except Exception as error:  # a user's __deepcopy__ may raise anything
         raise CutError(f"cannot cut {type(model).__name__}: it cannot be copied ({_first_line(error)})") from error
 
 
@@ -169,7 +173,7 @@ class _Holder(nn.Module):
 
 @dataclass
 class _Paths:
-    """Names as they are given out: a second call of the same place gets `_1`, as torchvision's feature extraction does."""
+    """Names as given out: a second call of the same place gets `_1`, as in torchvision's feature extraction."""
 
     taken: set[str] = field(default_factory=set)
 
@@ -246,24 +250,24 @@ class _Tracer(fx.Tracer):
 
 def _operation_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
-        name = target.overloadpacket.__name__
+        name = str(target.overloadpacket.__name__)
     else:
-        name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+        name = target if isinstance(target, str) else str(getattr(target, "__name__", type(target).__name__))
     return name.strip("_") or name
 
 
 def _trace_fx(net: nn.Module, example: Tensor) -> Trace:
-    """Follow the network; where a module's own forward cannot be followed, keep modules of its class whole and retry."""
+    """Follow the network; where a module's own forward cannot be followed, keep its class whole and retry."""
     holder = _Holder(net)
     boxes: dict[str, str] = {}
     while True:
         tracer = _Tracer(boxes)
         try:
             graph = tracer.trace(holder)
-        except Exception as error:  # noqa: BLE001 - the user's forward runs on stand-ins and may raise anything
+        except Exception as error:  # the user's forward runs on stand-ins and may raise anything
             path, cause = tracer.failed or (_ROOT, error)
             if path == _ROOT:
-                raise _Untraceable(f"torch.fx: {_reason(cause)}") from error
+                raise _UntraceableError(f"torch.fx: {_reason(cause)}") from error
             stuck = type(holder.get_submodule(path))
             for other, module in holder.named_modules():
                 if type(module) is stuck and other != _ROOT:
@@ -283,14 +287,17 @@ def _trace_export(net: nn.Module, example: Tensor) -> Trace:
     try:
         exported = torch.export.export(_Holder(net), (images,), dynamic_shapes=(batch,), strict=False)
         module = exported.module(check_guards=False)
-    except Exception as error:  # noqa: BLE001 - the user's forward runs on stand-ins and may raise anything
-        raise _Untraceable(f"torch.export: {_reason(error)}") from error
+    except Exception as error:  # the user's forward runs on stand-ins and may raise anything
+        raise _UntraceableError(f"torch.export: {_reason(error)}") from error
     # The exported tensors are looked up in the network itself: same names, same ties, same parameters.
     graph = fx.Graph()
     seen: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "output":
-            out_spec = module.graph._codegen.pytree_info.out_spec
+            codegen = module.graph._codegen
+            assert isinstance(codegen, _PyTreeCodeGen)
+            out_spec = codegen.pytree_info.out_spec
+            assert out_spec is not None
             graph.output(pytree.tree_unflatten([seen.get(n, n) for n in node.args[0]], out_spec))
         else:
             seen[node] = graph.node_copy(node, lambda n: seen[n])
