@@ -66,16 +66,15 @@ class Inverter(Protocol):
 class View:
     """All that one attacker can reach at one cut.
 
-    `edge` is None unless the threat model grants it; `query` runs the edge as deployed, noise included, and is None
-    unless "query" or "edge" is granted. `train` and `validation` split the auxiliary images: attacks fit on the first
-    and choose on the second. `earlier` holds the inverters that ran before this attack at the same cut.
+    `edge` is None unless the threat model grants it. `train` and `validation` split the auxiliary images: attacks fit
+    on the first and choose on the second; their features come from the edge as deployed, noise included. `earlier`
+    holds the inverters that ran before this attack at the same cut, in order.
     """
 
     image_shape: tuple[int, int, int]
     feature_shape: tuple[int, ...]
     cloud: nn.Module
     edge: nn.Module | None
-    query: Callable[[Float[Tensor, "n c h w"]], Tensor] | None
     train: Auxiliary | None
     validation: Auxiliary | None
     earlier: Mapping[str, Inverter] = field(default_factory=dict)
@@ -90,6 +89,17 @@ class View:
         if self.train is None or self.validation is None:
             raise ThreatError(f"{attack} needs auxiliary images, which the threat model does not grant")
         return self.train, self.validation
+
+    def need_features(self, attack: str) -> tuple[Auxiliary, Auxiliary]:
+        """Auxiliary images with their features.
+
+        Raises:
+            ThreatError: the threat model grants no auxiliary images, or no way to compute features of them.
+        """
+        train, validation = self.need_auxiliary(attack)
+        if train.features is None or validation.features is None:
+            raise ThreatError(f"{attack} needs features of auxiliary images: the threat model must grant edge or query")
+        return train, validation
 
     def need_edge(self, attack: str) -> nn.Module:
         """The edge half, weights and all.
