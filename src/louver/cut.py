@@ -91,8 +91,13 @@ def split(model: nn.Module, at: str, example: Float[Tensor, "n c h w"]) -> Split
     plan = Plan.of(model, example)
     for cut, position in plan.cuts:
         if plan.unwrapped(at) in (cut.name, *cut.aliases):
-            return Split(_build_half(plan, position, is_edge=True), _build_half(plan, position, is_edge=False), cut)
+            return split_at(plan, cut, position)
     raise CutError(plan.refusal(at))
+
+
+def split_at(plan: Plan, cut: Cut, position: int) -> Split:
+    """The halves of one of `plan.cuts`; for many cuts of one network, which is followed only once."""
+    return Split(_build_half(plan, position, is_edge=True), _build_half(plan, position, is_edge=False), cut)
 
 
 # The halves

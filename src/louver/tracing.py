@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
@@ -68,6 +69,17 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Shape checkers off: they would refuse the stand-ins that a tracer sends through the user's annotated forwards."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def trace(model: nn.Module, example: Float[Tensor, "n c h w"]) -> Trace:
@@ -263,7 +275,8 @@ def _trace_fx(net: nn.Module, example: Tensor) -> Trace:
     while True:
         tracer = _Tracer(boxes)
         try:
-            graph = tracer.trace(holder)
+            with _unchecked():
+                graph = tracer.trace(holder)
         except Exception as error:  # the user's forward runs on stand-ins and may raise anything
             path, cause = tracer.failed or (_ROOT, error)
             if path == _ROOT:
