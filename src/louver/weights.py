@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import zipfile
@@ -19,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from louver.errors import StorageError, WeightsError, nearest
+from louver.errors import WeightsError, nearest
+from louver.storage import write_bytes
 
-__all__ = ["fit_weights", "read_weights", "save_weights", "weights_file", "write_whole"]
+__all__ = ["fit_weights", "read_weights", "save_weights", "weights_file"]
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 NESTINGS = ("state_dict", "model_state_dict", "model")
@@ -118,31 +118,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """
     # A clone of each: safetensors refuses tensors that share memory, which tied weights do.
     state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
-    write_whole(Path(path), safetensors.torch.save(state))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` so that no reader, and no crash, ever sees half of it.
-
-    Raises:
-        StorageError: the disk refused; the old file, if there was one, is kept.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"{path}: {len(content):,} bytes could not be written ({error.strerror or error}); "
-            "what was there before is kept: free space or choose another folder, and run again"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_bytes(Path(path), safetensors.torch.save(state))
 
 
 def _weights_folder() -> Path | None:
