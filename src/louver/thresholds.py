@@ -74,7 +74,7 @@ class Rule:
     def __str__(self) -> str:
         subject = self.measure if self.attack is None else f"{self.attack}.{self.measure}"
         subject = subject if self.statistic == "mean" else f"{self.statistic}({subject})"
-        return f"{subject}{'' if self.cut is None else '@' + self.cut}{self.comparison}{self.limit:g}"
+        return f"{subject}{'' if self.cut is None else '@' + self.cut}{self.comparison}{self.limit:.12g}"
 
     def excess(self, value: float) -> float:
         """How far `value` is beyond the limit, in the measure's unit; at most 0 where the limit is kept."""
@@ -83,6 +83,21 @@ class Rule:
     def matches(self, row: Row) -> bool:
         """Whether this rule speaks of that row."""
         return row.measure == self.measure and self.attack in (None, row.attack) and self.cut in (None, row.cut)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """A rule, its check, and the row that decided it."""
+
+    rule: Rule
+    check: Check
+    row: Row
+
+    @property
+    def relative_excess(self) -> float:
+        """How far the interval is beyond the limit, in units of the limit: comparable between measures."""
+        _, low, high = _figures(self.rule, self.row)
+        return max(self.rule.excess(low), self.rule.excess(high)) / max(abs(self.rule.limit), 1e-9)
 
 
 def parse_rule(text: str) -> Rule:
@@ -150,7 +165,7 @@ def judge(rules: Sequence[Rule], rows: Sequence[Row]) -> Verdict:
         if not all(math.isfinite(value) for value in (row.mean, row.low, row.high, *_worst(row), row.floor)):
             raise AttackError(f"{row.attack} at {row.cut}: {row.measure} is not finite; a broken attack is no verdict")
     judged = [_judge_rule(rule, rows) for rule in rules]
-    checks = tuple(check for check, _ in judged)
+    checks = tuple(each.check for each in judged)
 
     warnings = []
     has_worked = any(row.beats_floor for row in rows if row.measure in _SEEN_TO_WORK)
@@ -193,8 +208,8 @@ def _figures(rule: Rule, row: Row) -> tuple[float, float, float]:
     return (row.mean, row.low, row.high) if rule.statistic == "mean" else _worst(row)
 
 
-def _judge_rule(rule: Rule, rows: Sequence[Row]) -> tuple[Check, Row]:
-    """The check of one rule, and the row that decided it: the one furthest beyond the limit, or nearest to it."""
+def _judge_rule(rule: Rule, rows: Sequence[Row]) -> _Judged:
+    """One rule, decided by the row that is furthest beyond its limit, or nearest to it."""
     matching = [row for row in rows if rule.matches(row)]
     if not matching:
         measured = sorted({f"{row.attack}.{row.measure}@{row.cut}" for row in rows})
@@ -220,36 +235,30 @@ def _judge_rule(rule: Rule, rows: Sequence[Row]) -> tuple[Check, Row]:
         "not shown": "the interval reaches across the limit: ",
         "holds": f"in all {len(matching)} rows, the closest being: " if len(matching) > 1 else "",
     }[status]
-    return Check(rule=str(rule), status=status, reason=where + _sentence(decisive, rule.statistic)), decisive
+    reason = where + _sentence(decisive, rule.statistic)
+    return _Judged(rule=rule, check=Check(rule=str(rule), status=status, reason=reason), row=decisive)
 
 
 def _wanted(rule: Rule) -> str:
     return f"{rule.attack or ''}.{rule.measure}@{rule.cut or ''}"
 
 
-def _headline(judged: Sequence[tuple[Check, Row]], has_worked: bool) -> str:
-    checks = [check for check, _ in judged]
-    for status, verdict in (("broken", "Not passed"), ("not shown", "Not shown")):
-        bad = [check for check in checks if check.status == status]
+def _headline(judged: Sequence[_Judged], has_worked: bool) -> str:
+    """One sentence: the verdict, then the rule that decides it and the row behind it."""
+    words = {"broken": "Not passed: {} is broken", "not shown": "Not shown: {} is neither kept nor broken"}
+    for status, phrase in words.items():
+        bad = [each for each in judged if each.check.status == status]
         if bad:
-            others = f" ({len(bad)} of {len(checks)} thresholds)" if len(checks) > 1 else ""
-            what = "is broken" if status == "broken" else "is neither kept nor broken"
-            worst = max((pair for pair in judged if pair[0].status == status), key=lambda pair: _relative_excess(*pair))
-            return f"{verdict}: {worst[0].rule} {what}{others}; {worst[0].reason}."
+            worst = max(bad, key=lambda each: each.relative_excess).check
+            share = f" ({len(bad)} of {len(judged)} thresholds)" if len(judged) > 1 else ""
+            return f"{phrase.format(worst.rule)}{share}; {worst.reason}."
     if not has_worked:
         return (
-            "Not passed: the thresholds hold, but the attacks were not seen to work at any cut, so this shows nothing."
+            "Not passed: the limits are kept, but the attacks were not seen to work at any cut, so this shows nothing."
         )
-    closest = max(judged, key=lambda pair: _relative_excess(*pair))
-    count = "the threshold holds" if len(checks) == 1 else f"all {len(checks)} thresholds hold"
-    return f"Passed: {count}; for {closest[0].rule}, {closest[0].reason}."
-
-
-def _relative_excess(check: Check, row: Row) -> float:
-    """Excess in units of the limit, so that rules on different measures can be set beside each other."""
-    rule = parse_rule(check.rule)
-    _, low, high = _figures(rule, row)
-    return max(rule.excess(low), rule.excess(high)) / max(abs(rule.limit), 1e-9)
+    closest = max(judged, key=lambda each: each.relative_excess).check
+    count = "the threshold holds" if len(judged) == 1 else f"all {len(judged)} thresholds hold"
+    return f"Passed: {count}; {closest.rule} {closest.reason}."
 
 
 def _unjudged(rows: Sequence[Row]) -> str:

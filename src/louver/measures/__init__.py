@@ -277,7 +277,7 @@ MEASURES: Mapping[str, Measure] = _table(
         name="reidentified",
         unit="share",
         leaks_when="high",
-        description="Share of reconstructions whose nearest test image is the true one; chance is 1 in all test images.",
+        description="Share of reconstructions whose nearest test image is the true one; chance is one in n.",
         bounds=(0.0, 1.0),
         compute=_reidentified,
     ),

@@ -143,7 +143,9 @@ def lpips_distance(
 
     if len(taps) != len(heads):
         raise WeightsError(f"LPIPS: expected one head for each of {len(taps)} tapped layers, got {len(heads)}")
-    layers = copy.deepcopy(features).to(device).eval().requires_grad_(False)
+    # What follows the last tap is not needed, and may not fit: AlexNet's last pooling has nothing to pool at 36 pixels.
+    used = features[: max(taps) + 1]
+    layers = copy.deepcopy(used).to(device).eval().requires_grad_(False)
     weights = [head.detach().to(device) for head in heads]
     shift = torch.tensor(_LPIPS_SHIFT, device=device).view(1, 3, 1, 1)
     scale = torch.tensor(_LPIPS_SCALE, device=device).view(1, 3, 1, 1)
