@@ -20,6 +20,9 @@ __all__ = ["Point", "Series", "line_chart", "picture_size", "picture_uri", "seri
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "1 4")
 _N_COLORS = 6
 
+MARK_LENGTH = 18
+"""A name under a drawing is cut to this many characters."""
+
 NARROW_UP_TO = 8
 """Up to this many cuts a chart takes half the page."""
 
@@ -188,7 +191,7 @@ def _axes(frame: _Frame, places: Sequence[str], number: Callable[[float], str], 
         parts.append(f'<path class="axis" d="M{x:.1f} {frame.bottom}v4"/>')
         if is_slanted:
             turn = f' transform="translate({x + 4:.1f} {frame.bottom + 15}) rotate(-32)"'
-            parts.append(f'<text class="tick" text-anchor="end"{turn}>{escape(_short(place, 18))}</text>')
+            parts.append(f'<text class="tick" text-anchor="end"{turn}>{escape(_short(place, MARK_LENGTH))}</text>')
         else:
             parts.append(_text("tick", x, frame.bottom + 19, _short(place, 24), anchor="middle"))
     return parts

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from louver.errors import DataError, MissingExtraError, StorageError
+from louver.errors import DataError, MissingExtraError
 from louver.report import words
+from louver.storage import write_bytes
 from louver.types import Audit, Cut, HalfCost, Panel, Row
 
 try:
@@ -41,10 +40,15 @@ COLUMNS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A cut as the page names it; `cut` is None where rows name a cut that the audit does not list."""
+    """A cut as the page names it; `cut` is None where rows name a cut that the audit does not list.
+
+    `title` heads tables and sections, `mark` stands under the drawings.
+    """
 
     anchor: str
     name: str
+    title: str
+    mark: str
     cut: Cut | None
 
 
@@ -179,7 +183,18 @@ def _places(audit: Audit) -> list[Place]:
     listed: dict[str, Cut | None] = {cut.name: cut for cut in audit.cuts}
     for row in audit.rows:
         listed.setdefault(row.cut, None)
-    return [Place(anchor=f"cut-{i}", name=name, cut=cut) for i, (name, cut) in enumerate(listed.items(), start=1)]
+    # Names too long to stand under a drawing give way to numbers there, and carry them everywhere else.
+    is_numbered = any(len(name) > figures.MARK_LENGTH for name in listed)
+    return [
+        Place(
+            anchor=f"cut-{i}",
+            name=name,
+            title=f"{i}. {name}" if is_numbered else name,
+            mark=str(i) if is_numbered else name,
+            cut=cut,
+        )
+        for i, (name, cut) in enumerate(listed.items(), start=1)
+    ]
 
 
 def _block(rows: Sequence[Row]) -> Block:
@@ -246,7 +261,7 @@ def _leakage_chart(number: int, audit: Audit, places: Sequence[Place], attacks: 
         title=f"Mean {heading}, over the cuts in network order",
         description=f"One line for each of {len(attacks)} attacks with its 95 % interval, and the floor. "
         "The table below the drawing holds the same numbers.",
-        places=[place.name for place in places],
+        places=[place.mark for place in places],
         series=series,
         number=say,
         floor=[row.floor if row else None for row in floors],
@@ -259,7 +274,7 @@ def _leakage_chart(number: int, audit: Audit, places: Sequence[Place], attacks: 
             for attack in attacks
         ]
         cells.append((_line(floor).floor, _line(floor).floor_interval) if floor else ("–", ""))
-        table.append((place.name, tuple(cells)))
+        table.append((place.title, tuple(cells)))
     return Chart(
         title=f"Mean {heading.split(',')[0]}",
         note=words.direction_in_words(rows[0]),
@@ -269,7 +284,8 @@ def _leakage_chart(number: int, audit: Audit, places: Sequence[Place], attacks: 
     )
 
 
-def _cost_charts(cuts: Sequence[Cut]) -> list[Chart]:
+def _cost_charts(places: Sequence[Place]) -> list[Chart]:
+    cuts = [place.cut for place in places if place.cut]
     count, size = words.count_in_words, words.bytes_in_words
     told = (
         ("Arithmetic on the device", "MACs for one picture", count, 1000, [cut.cost.edge.macs for cut in cuts]),
@@ -284,7 +300,7 @@ def _cost_charts(cuts: Sequence[Cut]) -> list[Chart]:
                 identifier=f"cost-{number}",
                 title=f"{title}, over the cuts in network order",
                 description=f"One line: {note}. The table of costs holds the same numbers.",
-                places=[cut.name for cut in cuts],
+                places=[place.mark for place in places if place.cut],
                 series=[figures.Series(name=title, points=tuple(figures.Point(value=value) for value in values))],
                 number=say,
                 base=base,
@@ -321,8 +337,11 @@ def _grids(panel: Panel) -> list[Grid]:
     # Fewer columns leave room for larger pictures.
     wish = 128 if len(panel.truth) <= 6 else 96
     grids = []
-    for start in range(0, len(panel.truth), COLUMNS):
-        columns = range(start, min(start + COLUMNS, len(panel.truth)))
+    # Ten pictures are five and five, not eight and two.
+    n_grids = math.ceil(len(panel.truth) / COLUMNS)
+    across = math.ceil(len(panel.truth) / n_grids) if n_grids else 1
+    for start in range(0, len(panel.truth), across):
+        columns = range(start, min(start + across, len(panel.truth)))
         rows = []
         for name, strip in strips.items():
             pictures = []
@@ -349,7 +368,10 @@ def _grids(panel: Panel) -> list[Grid]:
 def _place_grids(panels: Sequence[Panel], places: Sequence[Place]) -> list[PlaceGrids]:
     known = [place.name for place in places]
     extra = [name for name in dict.fromkeys(panel.cut for panel in panels) if name not in known]
-    everywhere = [*places, *(Place(anchor=f"pictures-{i}", name=name, cut=None) for i, name in enumerate(extra))]
+    unlisted = [
+        Place(anchor=f"pictures-{i}", name=name, title=name, mark=name, cut=None) for i, name in enumerate(extra)
+    ]
+    everywhere = [*places, *unlisted]
     told = [(place, [panel for panel in panels if panel.cut == place.name]) for place in everywhere]
     told = [(place, own) for place, own in told if own]
     return [
@@ -464,7 +486,7 @@ def render(audit: Audit, panels: Sequence[Panel] = ()) -> str:
             found=_found(audit, places, measures),
             charts=charts[:N_MAIN_CHARTS],
             more_charts=charts[N_MAIN_CHARTS:],
-            cost_charts=_cost_charts(cuts) if cuts else [],
+            cost_charts=_cost_charts(places) if cuts else [],
             costs=_costs(places),
             has_latency=_has_latency(cuts),
             picture_bytes=_picture_bytes(panels),
@@ -488,23 +510,6 @@ def write_report(audit: Audit, panels: Sequence[Panel], path: Path) -> Path:
         DataError: as `render`.
         StorageError: the disk refused; what was at `path` before is untouched.
     """
-    path = Path(path)
     # A name that came from an undecodable file name cannot be UTF-8; the report must not be lost for it.
     page = render(audit, panels).encode("utf-8", errors="backslashreplace")
-    temporary = path.with_name(f".louver-{secrets.token_hex(6)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(page)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"could not write the report to {path}: {error.strerror or error}; "
-            "free space or name another place, then run the report again (findings are kept)"
-        ) from error
-    return path
+    return write_bytes(path, page)

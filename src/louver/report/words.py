@@ -107,8 +107,8 @@ _MEASURES: dict[str, Measure] = {
     "recognized": Measure(
         label="Recognized",
         sentence=(
-            "The share of rebuilt pictures to which the audited network itself gives the same answer as to the true "
-            "ones: whether the content survives, whatever the picture looks like."
+            "The share of rebuilt pictures that the audited network still recognizes: it gives them the right answer, "
+            "that of the true picture. So the content survives, whatever the picture looks like."
         ),
         style="share",
         importance=2,
@@ -149,6 +149,8 @@ _MEASURES: dict[str, Measure] = {
     ),
 }
 
+_NETWORKS = {"squeezenet": "SqueezeNet", "mobilenet": "MobileNetV2"}
+
 _PERCEPTUAL = (
     "Perceptual distance on the features of a stock network ({network}): how different two pictures look to it. "
     "0 is the same picture. It is not LPIPS, and its values compare only with themselves."
@@ -164,10 +166,10 @@ def measure_words(name: str) -> Measure:
     key = re.sub(r"[\s-]+", "_", name.strip().lower())
     if key in _MEASURES:
         return _MEASURES[key]
-    if key.startswith("perceptual"):
-        network = key.removeprefix("perceptual").strip("_") or "named in the experiment"
-        label = "Perceptual distance" + (f" ({network})" if key != "perceptual" else "")
-        return Measure(label=label, sentence=_PERCEPTUAL.format(network=network), style="unit", importance=4)
+    if key.endswith("_distance"):
+        network = _NETWORKS.get(key.removesuffix("_distance"), key.removesuffix("_distance"))
+        sentence = _PERCEPTUAL.format(network=network)
+        return Measure(label=f"{network} distance", sentence=sentence, style="unit", importance=4)
     return Measure(
         label=name,
         sentence="This report has no description of this measure: read it only with its direction, unit and floor.",
@@ -204,6 +206,7 @@ TERMS: tuple[tuple[str, str], ...] = (
         "Beats the floor",
         "Whether the attack leaks more than the floor on the same pictures, beyond what chance explains.",
     ),
+    ("Time", "How long the attack worked at that cut, for all of its pictures together."),
     ("MACs", "Multiply-accumulates: the arithmetic that one picture costs, whatever the processor."),
     ("Peak activation memory", "The most working memory that one picture needs at once, weights not counted."),
     ("Auxiliary pictures", "Pictures of the attacker's own, on which attacks are trained and tuned."),
