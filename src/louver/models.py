@@ -293,7 +293,10 @@ def _build_from_function(name: str, request: Request) -> Built:
                 key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
             )
             raise ConfigError(f"{module_name} has no function {function_name!r}; {nearest(function_name, callables)}")
-        accepted = inspect.signature(function).parameters
+        try:
+            accepted = set(inspect.signature(function).parameters)
+        except ValueError:  # something built in, which does not say
+            accepted = set()
         network = function(**{key: value for key, value in offered.items() if key in accepted and value is not None})
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{name}: expected a torch.nn.Module back, got {type(network).__name__}")

@@ -140,8 +140,8 @@ class Images:
 
     def floats(self, index: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
         """The pictures at `index` as float32 (n, c, h, w) in [0,1]."""
-        chosen = self.pixels[index]
-        return chosen if chosen.dtype == np.float32 else chosen.astype(np.float32) / np.float32(255)
+        chosen = self.pixels[index].astype(np.float32)
+        return chosen if self.pixels.dtype == np.float32 else chosen / np.float32(255)
 
     def column(self, name: str) -> NDArray[np.int64]:
         """Label column `name`.
@@ -194,7 +194,9 @@ class Threat:
         for what in ("n_auxiliary", "query_budget"):
             value = getattr(self, what)
             if value is not None and value < 1:
-                raise ConfigError(f"threat {self.name!r}: expected {what} of 1 or more, got {value}; leave it out for no limit")
+                raise ConfigError(
+                    f"threat {self.name!r}: expected {what} of 1 or more, got {value}; leave it out for no limit"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,340 @@
+"""The command line: parse, call one function, print.
+
+Exit codes: 0 done and every threshold holds; 1 a threshold is broken or not shown to hold; 2 bad input, with what to do
+about it; 130 interrupted, with what was finished kept.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from typer.exceptions import TyperException
+
+from louver.errors import ConfigError, LouverError, MissingExtraError
+
+if TYPE_CHECKING:
+    from louver.types import Audit, Cut
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="louver",
+    help="Cut a vision network between device and cloud, and measure what the features give away.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_LAB = ("jaxtyping", "jinja2", "PIL", "pyarrow", "pydantic", "safetensors", "timm", "tomli_w", "torch", "torchvision")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
+
+
+def main() -> None:
+    """Runs the command line and turns every refusal into one clear message."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        # Without standalone mode click returns the code of `typer.Exit` and raises the rest for us to word.
+        code = app(standalone_mode=False)
+    except LouverError as error:
+        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted; what was finished is kept: run the same command with --resume", markup=False)
+        code = 130
+    except TyperException as error:
+        # Which click lies below typer is its own affair; what a usage error can say of itself is not.
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        errors.print(f"error: {message}", style="bold red", markup=False, highlight=False)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _lab() -> Iterator[None]:
+    """Turns the absence of an optional package into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _LAB:
+            raise
+        raise MissingExtraError(f"this command needs {error.name}: pip install 'louver[lab]'") from error
+
+
+@app.command()
+def cuts(
+    model: Annotated[
+        str, typer.Argument(help="cifar_resnet20, torchvision:resnet18, timm:NAME, package.module:function")
+    ],
+    image: Annotated[
+        str | None, typer.Option(help="Image shape, such as 3x32x32; by default that of the network.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
+    latency: Annotated[bool, typer.Option(help="Measure the time of both halves on this machine.")] = False,
+    as_json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """List every place where MODEL can be cut, and what each cut costs."""
+    with _lab():
+        import torch
+
+        from louver.cost import measure_latency, with_latency
+        from louver.cut import cuts as find_cuts
+        from louver.cut import split
+        from louver.models import load_model
+    _set_threads(threads)
+    shape = _image_shape(image) if image is not None else _natural_shape(model)
+    network = load_model(model, n_classes=classes or _default_classes(model), image_shape=shape)
+    example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    found = find_cuts(network, example)
+    if latency:
+        found = [with_latency(c, *measure_latency(split(network, c.name, example), example[:1])) for c in found]
+    if as_json:
+        import dataclasses
+
+        print(json.dumps([dataclasses.asdict(cut) for cut in found], indent=1))
+    else:
+        Console().print(_cuts_table(model, shape, found))
+
+
+@app.command()
+def audit(
+    file: Annotated[Path, typer.Argument(help="Experiment file (TOML), or a run folder to run again.")],
+    at: Annotated[list[str] | None, typer.Option(help="Cut here instead of where the file says; repeatable.")] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="Run this attack instead of the file's; repeatable.")] = None,
+    fail_above: Annotated[
+        list[str] | None, typer.Option(help="Exit 1 if leakage is above this, such as ssim=0.3; replaces the file's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on in a run folder that exists; finished parts are kept.")] = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Attack the features of a split network and report what can be rebuilt from them."""
+    with _lab():
+        from louver.config import read_experiment
+        from louver.thresholds import parse_fail_above
+    rules = [str(parse_fail_above(text)) for text in fail_above or []]
+    path = file / "config.toml" if file.is_dir() else file
+    experiment = read_experiment(path, cuts=at, attacks=attack, thresholds=rules or None)
+    folder = out or (file if file.is_dir() else Path("runs") / experiment.name)
+    if (folder / "config.toml").exists() and not resume:
+        raise ConfigError(f"{folder} holds a run already; go on with --resume, or choose another folder with --out")
+    _run(experiment, folder, device=device, threads=threads, as_json=as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Run the whole job on a generated world: train a small network, cut it, attack it, report. Needs no data."""
+    with _lab():
+        from louver.config import read_experiment
+    with as_file(files("louver") / "demo.toml") as path:
+        experiment = read_experiment(path)
+    _run(experiment, out, device=device, threads=threads, as_json=as_json, is_demo=True)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Run folder of a finished audit.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; report.html in the folder by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the report of a finished run again."""
+    with _lab():
+        from louver.report import write_report
+        from louver.runs import load_audit, panels, to_json
+    found = load_audit(folder)
+    path = write_report(found, panels(folder, found), out or folder / "report.html")
+    if as_json:
+        print(json.dumps(to_json(found)))
+    else:
+        print(path)
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="cifar10/test[:100], streets/7[:48], a folder or a file.")],
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet (PNG) here.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Bring pictures of a folder to this side.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a set of images holds, and draw a contact sheet of it."""
+    with _lab():
+        from louver.data import contact_sheet, load_images
+    images = load_images(name, size=size)
+    found: dict[str, Any] = {
+        "name": images.name,
+        "images": len(images),
+        "shape": list(images.image_shape),
+        "labels": {
+            column: {"values": len(set(values.tolist())), "classes": list(images.classes.get(column, ()))}
+            for column, values in sorted(images.labels.items())
+        },
+    }
+    if sheet is not None:
+        found["sheet"] = str(contact_sheet(images, sheet))
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    shape = "×".join(map(str, found["shape"]))
+    print(f"{found['name']}: {found['images']} images of {shape}")
+    for column, what in found["labels"].items():
+        known = ", ".join(what["classes"][:12]) + (", …" if len(what["classes"]) > 12 else "")
+        print(f"  {column}: {what['values']} values" + (f" ({known})" if known else ""))
+    if sheet is not None:
+        print(found["sheet"])
+
+
+def _run(
+    experiment: Any,  # noqa: ANN401 - louver.config.Experiment, which needs the lab to import
+    folder: Path,
+    *,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    is_demo: bool = False,
+) -> None:
+    with _lab():
+        from louver.experiment import run_experiment
+        from louver.report import write_report
+        from louver.runs import panels, to_json
+    _set_threads(threads)
+    with _progress() as tell:
+        found = run_experiment(experiment, folder, device=_device(device), progress=tell)
+        path = write_report(found, panels(folder, found), folder / "report.html")
+    if as_json:
+        print(json.dumps(to_json(found)))
+    else:
+        console = Console()
+        console.print(_findings_table(found))
+        for warning in found.verdict.warnings:
+            console.print(f"note: {warning}", markup=False, highlight=False)
+        console.print(_verdict_table(found))
+        console.print(found.verdict.headline, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+    # The demo shows a network that leaks: that it does is no failure of the demo.
+    raise typer.Exit(0 if found.verdict.passed or is_demo else 1)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on standard error, which leaves standard output to results."""
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda what, fraction: bar.update(task, description=what, completed=fraction)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or a device of this machine"
+        ) from error
+    return name
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _image_shape(text: str) -> tuple[int, int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--image {text}: expected channels x height x width, such as 3x32x32")
+    channels, height, width = map(int, parts)
+    return channels, height, width
+
+
+def _natural_shape(model: str) -> tuple[int, int, int]:
+    if model.startswith("cifar_"):
+        return 3, 32, 32
+    return (3, 64, 64) if model == "street_net" else (3, 224, 224)
+
+
+def _default_classes(model: str) -> int | None:
+    return 6 if model == "street_net" else None
+
+
+def _amount(value: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.3g} P{unit}"
+
+
+def _cuts_table(model: str, shape: tuple[int, int, int], found: list[Cut]) -> Table:
+    table = Table(title=f"{len(found)} cuts of {model} at {'×'.join(map(str, shape))}", title_justify="left")
+    headings = ["cut", "feature", "sent", "edge MACs", "cloud MACs", "edge weights", "edge peak memory"]
+    has_latency = any(cut.cost.edge.latency for cut in found)
+    for i, heading in enumerate(headings + (["edge ms", "cloud ms"] if has_latency else [])):
+        table.add_column(heading, justify="left" if i < 2 else "right", overflow="fold")
+    for cut in found:
+        cost = cut.cost
+        cells = [
+            cut.name,
+            "×".join(map(str, cut.feature_shape)),
+            _amount(cost.feature_bytes, "B"),
+            _amount(cost.edge.macs, ""),
+            _amount(cost.cloud.macs, ""),
+            _amount(cost.edge.weight_bytes, "B"),
+            _amount(cost.edge.peak_activation_bytes, "B"),
+        ]
+        if has_latency:
+            cells += [f"{half.latency.median_ms:.2f}" if half.latency else "" for half in (cost.edge, cost.cloud)]
+        table.add_row(*cells)
+    return table
+
+
+def _findings_table(found: Audit) -> Table:
+    table = Table(title="What the attacks rebuilt: mean [95 % interval], floor", title_justify="left")
+    measures = [m for m in ("ssim", "psnr", "mse", "recognized") if any(r.measure == m for r in found.rows)]
+    for heading in ("cut", "attack", "images", *measures):
+        table.add_column(heading, justify="left" if heading in ("cut", "attack") else "right", overflow="fold")
+    by_place = {(row.cut, row.attack, row.measure): row for row in found.rows}
+    for cut, attack_name in dict.fromkeys((row.cut, row.attack) for row in found.rows):
+        rows = [by_place[cut, attack_name, measure] for measure in measures]
+        cells = [f"{r.mean:.3g} [{r.low:.3g}, {r.high:.3g}], {r.floor:.3g}" for r in rows]
+        table.add_row(cut, attack_name, str(rows[0].n_images) if rows else "", *cells)
+    return table
+
+
+def _verdict_table(found: Audit) -> Table:
+    title = "Verdict: " + ("passed" if found.verdict.passed else "NOT passed")
+    table = Table(title=title if found.verdict.checks else "Verdict: nothing was judged", title_justify="left")
+    for heading in ("threshold", "status", "reason"):
+        table.add_column(heading, overflow="fold")
+    for check in found.verdict.checks:
+        table.add_row(check.rule, check.status, check.reason)
+    return table

@@ -1,0 +1,162 @@
+"""From an experiment to its audit: load, train if asked, cut, attack, judge; each step one call."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from louver.attacks import Progress
+from louver.audit import Settings, audit
+from louver.config import Experiment
+from louver.cost import measure_latency, with_latency
+from louver.cut import Split, cuts, split
+from louver.data import assign_roles, drop_overlap, load_images
+from louver.errors import ConfigError, DataError
+from louver.models import load_model, save_weights
+from louver.storage import write_bytes
+from louver.tasks import Classification
+from louver.thresholds import parse_rule
+from louver.training import fit
+from louver.types import Audit, Images, Roles
+
+__all__ = ["load_roles", "run_experiment"]
+
+
+def run_experiment(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Audit:
+    """Runs an experiment in `folder`; what is finished there already, from a run that was stopped, is not redone.
+
+    Raises:
+        LouverError: whatever any step refuses; what was finished is kept.
+    """
+    write_bytes(folder / "config.toml", experiment.to_toml().encode())
+    if progress is not None:
+        progress("reading images", 0.0)
+    roles, notes = load_roles(experiment)
+    task = _task(experiment, roles)
+    model = _victim(experiment, roles, task, folder, device, progress)
+    save_weights(model, folder / "model.safetensors")
+    example = torch.from_numpy(roles.test.floats(slice(0, 2)))
+    splits = _splits(experiment, model, example)
+    options = experiment.audit
+    return audit(
+        splits,
+        roles,
+        {name: entry.attack for name, entry in experiment.attacks.items()},
+        threat=experiment.threat,
+        task=task,
+        label=experiment.data.label,
+        rules=[parse_rule(rule) for rule in experiment.thresholds],
+        settings=Settings(
+            measures=options.measures,
+            test_images=options.test_images,
+            limits={n: e.test_images for n, e in experiment.attacks.items() if e.test_images is not None},
+            mirror_auxiliary=options.mirror_auxiliary,
+            validation_share=options.validation_share,
+            memory_bytes=options.memory_mib * 2**20,
+            lpips_weights=None if options.lpips_weights is None else Path(options.lpips_weights),
+        ),
+        seed=experiment.seed,
+        name=experiment.name,
+        notes=notes,
+        config=experiment.table,
+        folder=folder,
+        device=device,
+        progress=progress,
+    )
+
+
+def load_roles(experiment: Experiment) -> tuple[Roles, list[str]]:
+    """The images of each role, none in two of them, and a note for each role that lost some to that rule."""
+    options = experiment.data
+
+    def load(source: str | None) -> Images | None:
+        return None if source is None else load_images(source, download=options.download, size=options.size)
+
+    test, auxiliary = load(options.test), load(options.auxiliary)
+    assert test is not None
+    assert auxiliary is not None
+    nothing = test.take(slice(0, 0))
+    train, validation = load(options.train) or nothing, load(options.validation) or nothing
+    if options.on_overlap == "error":
+        return assign_roles(train=train, validation=validation, test=test, auxiliary=auxiliary), []
+    roles, dropped = drop_overlap(train=train, validation=validation, test=test, auxiliary=auxiliary)
+    notes = [
+        f"{count} images of role {role} were dropped: another role holds them too."
+        for role, count in dropped.items()
+        if count
+    ]
+    return roles, notes
+
+
+def _task(experiment: Experiment, roles: Roles) -> Classification | None:
+    label = experiment.data.label
+    if label is None:
+        return None
+    named = roles.test.classes.get(label)
+    count = experiment.model.n_classes or (len(named) if named else None)
+    if count is None:
+        held = [images.column(label) for images in (roles.train, roles.validation, roles.test) if len(images)]
+        count = 1 + max(int(column.max()) for column in held)
+    return Classification(label, count)
+
+
+def _victim(
+    experiment: Experiment,
+    roles: Roles,
+    task: Classification | None,
+    folder: Path,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> nn.Module:
+    options = experiment.model
+    model = load_model(
+        options.name,
+        n_classes=options.n_classes or (task.n_classes if task is not None else None),
+        weights=options.weights,
+        mean=options.mean,
+        std=options.std,
+        seed=experiment.seed,
+        image_shape=roles.test.image_shape,
+    )
+    if experiment.training is None:
+        return model
+    if task is None or not len(roles.train) or not len(roles.validation):
+        raise DataError("training needs labelled images in the roles train and validation, got none")
+    return fit(
+        model,
+        task,
+        roles.train,
+        roles.validation,
+        config=experiment.training,
+        seed=experiment.seed,
+        checkpoint=folder / "training.safetensors",
+        progress=None
+        if progress is None
+        else lambda what, fraction: progress(f"training the network: {what}", fraction),
+        device=device,
+    )
+
+
+def _splits(experiment: Experiment, model: nn.Module, example: torch.Tensor) -> list[Split]:
+    """A split for each cut that was asked for, in network order."""
+    names = experiment.audit.cuts
+    if not names:
+        raise ConfigError("expected at least one cut in audit.cuts, got none; `louver cuts MODEL` lists them")
+    order = {cut.name: place for place, cut in enumerate(cuts(model, example))}
+    splits = sorted((split(model, name, example) for name in names), key=lambda s: order[s.cut.name])
+    for before, after in itertools.pairwise(splits):
+        if before.cut.name == after.cut.name:
+            raise ConfigError(f"cut {after.cut.name!r} is named twice in audit.cuts; name it once")
+    if experiment.audit.latency:
+        for each in splits:
+            each.cut = with_latency(each.cut, *measure_latency(each, example[:1]))
+    return splits
