@@ -121,16 +121,14 @@ def test_all_text_has_contrast(open_page, make_audit, make_panels, scheme):
     ]
     papers = set()
     for verdict in verdicts:
-        audit = make_audit(
-            cuts=["conv1", "layer2.1"],
-            attacks=[f"attack {i}" for i in range(6)],
-            verdict=verdict,
-            n_measures=2,
-        )
-        page = open_page(audit, make_panels(audit, k=1), scheme=scheme)
+        # One page holds every kind of text and every line color; the others only add their verdict.
+        whole = {"cuts": ["conv1", "layer2.1"], "attacks": [f"attack {i}" for i in range(6)], "n_measures": 2}
+        brief = {"cuts": ["conv1"], "attacks": ["Decoder"], "n_measures": 1}
+        audit = make_audit(verdict=verdict, **(brief if verdict else whole))
+        page = open_page(audit, [] if verdict else make_panels(audit, k=1), scheme=scheme)
         page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
         found = page.evaluate(CONTRAST)
-        assert len(found) > 200
+        assert len(found) > (80 if verdict else 250)
         assert [entry for entry in found if entry[0] < 4.5] == []
         papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     (paper,) = papers
@@ -143,7 +141,7 @@ def test_nothing_is_wider_than_the_window(open_page, make_audit, make_panels, ki
     audit = {
         "usual": lambda: make_audit(),
         "many": lambda: make_audit(
-            cuts=[f"features.block{i}" for i in range(12)], attacks=[f"attack {i}" for i in range(5)], n_measures=5
+            cuts=[f"features.block{i}" for i in range(12)], attacks=[f"attack {i}" for i in range(5)], n_measures=3
         ),
         "long": lambda: make_audit(
             cuts=[long + str(i) for i in range(2)],
@@ -202,7 +200,9 @@ def test_headers_stay_in_view_while_a_table_scrolls(open_page, make_audit):
     region.evaluate("(r) => r.scrollTo(150, 400)")
     box, corner = region.bounding_box(), region.locator("thead th").first.bounding_box()
     assert corner["x"] == pytest.approx(box["x"], abs=1)
-    assert corner["y"] == pytest.approx(box["y"], abs=2)
+    # The corner sticks for two reasons; its neighbor only for being in the head.
+    for header in (corner, region.locator("thead th").nth(2).bounding_box()):
+        assert header["y"] == pytest.approx(box["y"], abs=2)
     assert region.locator("tbody th").nth(12).bounding_box()["x"] == pytest.approx(box["x"], abs=1)
 
 

@@ -295,8 +295,8 @@ def line_chart(
     values += [v for v in floor or () if v is not None] + list(span or ())
     drawable = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     frame = _Frame(
-        left=60,
-        right=width - (92 if is_labeled else 22),
+        left=70,
+        right=width - (104 if is_labeled else 28),
         top=14,
         bottom=height - (90 if is_slanted else 34),
         n_places=n,
