@@ -1,24 +1,20 @@
 import collections
-import io
-import itertools
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from louver.data import data_root, load_images
 from louver.errors import ConfigError, StorageError, WeightsError
 from louver.models import OWN, Normalized, load_model, perceptual_backbone, save_weights
 from louver.weights import fit_weights, read_weights, weights_file
 
-DATA = Path(os.environ.get("LOUVER_DATA", "../shared/data"))
-needs_data = pytest.mark.skipif(not (DATA / "weights").is_dir(), reason="no real images: LOUVER_DATA is not set")
+needs_data = pytest.mark.skipif(data_root() is None, reason="no real images: LOUVER_DATA is not set")
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
@@ -26,27 +22,9 @@ def pictures(n=2, c=3, h=32, w=32):
     return torch.rand(n, c, h, w, generator=torch.Generator().manual_seed(1))
 
 
-def cifar10_test():
-    """All 10,000 test images, out of lossless mosaics of `per` images in rows of `across`."""
-    with np.load(DATA / "cifar10.npz") as archive:
-        blob, offsets, labels = archive["x_test__webp"], archive["x_test__off"], archive["y_test"]
-        n, h, w, c, per, across = (int(value) for value in archive["x_test__meta"])
-    sheets = []
-    for start, stop in itertools.pairwise(offsets):
-        sheet = np.asarray(Image.open(io.BytesIO(blob[start:stop].tobytes())).convert("RGB"))
-        tiles = sheet.reshape(-1, h, across, w, c).transpose(0, 2, 4, 1, 3).reshape(-1, c, h, w)
-        sheets.append(tiles[:per])
-    return torch.from_numpy(np.concatenate(sheets)[:n]).float() / 255, torch.from_numpy(labels.astype(np.int64))
-
-
-def imagenet_photographs(n):
-    with np.load(DATA / "imagenet1000_128.npz") as archive:
-        blob, offsets, labels = archive["x__jpeg"], archive["x__off"], archive["label"]
-    photographs = [
-        np.asarray(Image.open(io.BytesIO(blob[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB")) for i in range(n)
-    ]
-    x = torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2).float() / 255
-    return x, torch.from_numpy(labels[:n].astype(np.int64))
+def shared(source):
+    images = load_images(source)
+    return torch.from_numpy(images.floats()), torch.from_numpy(images.column("label"))
 
 
 def normalisation(model):
@@ -354,7 +332,7 @@ def test_a_published_head_of_another_size_is_left_random(monkeypatch):
 @pytest.mark.data
 def test_the_cifar_resnet_reaches_its_published_accuracy():
     # 91.73 %: measured by those who packed the weights (README of the data).
-    x, y = cifar10_test()
+    x, y = shared("cifar10/test")
     model = load_model("cifar_resnet20", weights="resnet20_cifar10").to(memory_format=torch.channels_last)
     with torch.inference_mode():
         right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
@@ -366,7 +344,7 @@ def test_the_cifar_resnet_reaches_its_published_accuracy():
 def test_squeezenet_of_the_shared_data_knows_its_photographs():
     # 65.4 % of all thousand photographs (README of the data).
     model = load_model("torchvision:squeezenet1_0", weights="squeezenet1_0_imagenet")
-    x, y = imagenet_photographs(200)
+    x, y = shared("imagenet1000[:200]")
     with torch.inference_mode():
         right = (torch.cat([model(batch) for batch in x.split(50)]).argmax(1) == y).float().mean()
     assert right > 0.5

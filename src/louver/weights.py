@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -122,10 +121,12 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _weights_folder() -> Path | None:
-    given = os.environ.get("LOUVER_DATA")
-    root = Path(given) if given else Path("../shared/data")
-    folder = root / "weights"
-    return folder if folder.is_dir() else None
+    # Here and not above: naming a file must not need the readers of images.
+    from louver.data import data_root
+
+    root = data_root()
+    folder = None if root is None else root / "weights"
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
