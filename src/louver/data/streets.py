@@ -8,6 +8,7 @@ the first k pictures are the same however many are asked for, and the same on ev
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from louver.data.streets_conditions import CAMERAS, WEATHERS
 from louver.data.streets_drawing import Integers
 from louver.data.streets_places import PLACES
-from louver.data.streets_scene import Dice, build_world, photograph
+from louver.data.streets_scene import Dice, build_vehicles, build_world, photograph
 from louver.data.streets_vehicles import BODIES, COLORS, MAX_IDENTITIES, vehicle_of
 from louver.errors import DataError
 from louver.types import Images
@@ -65,13 +66,19 @@ def streets(n: int, *, seed: int, size: int = 64, n_identities: int = 96) -> Ima
             f"streets: expected a size of at least {_SMALLEST} pixels, got {size}; "
             "take a larger one, as below it the door number cannot be read"
         )
-    world = build_world(size, n_identities)
+    world, vehicles = build_world(size), build_vehicles(size, n_identities)
     pixels = np.empty((n, 3, size, size), np.uint8)
     step = max(1, _CHUNK_PIXELS // size**2)
-    for start in range(0, n, step):
+
+    def fill(start: int) -> None:
         chunk = slice(start, min(n, start + step))
         shown = {column: values[chunk] for column, values in labels.items()}
-        pixels[chunk] = photograph(world, shown, Dice(seed, np.arange(chunk.start, chunk.stop)))
+        pixels[chunk] = photograph(world, vehicles, shown, Dice(seed, np.arange(chunk.start, chunk.stop)))
+
+    # Two threads, as numpy lets others run while it works; chunks depend on nothing but their own index.
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        for _ in threads.map(fill, range(0, n, step)):
+            pass
     return Images(pixels=pixels, labels=labels, classes=dict(CLASSES), name="streets")
 
 

@@ -62,19 +62,20 @@ def pick(bits: NDArray[np.uint64], count: int) -> Integers:
 
 
 def noise(x: Floats, y: Floats, cell: tuple[float, float], key: int, *, wrap: float) -> Floats:
-    """Smooth noise in [0,1) on a lattice of `cell` (width, height), repeating after `wrap` in x."""
+    """Smooth noise (h, w) in [0,1) at `x` (1, w) and `y` (h, 1), on a lattice of `cell` (width, height).
+
+    It repeats after `wrap` in x.
+    """
     columns = max(1, round(wrap / cell[0]))
-    across, down = x * np.float32(columns / wrap), y * np.float32(1 / cell[1])
+    across, down = x[0] * np.float32(columns / wrap), y * np.float32(1 / cell[1])
     left, top = np.floor(across), np.floor(down)
     fx, fy = _smooth(across - left), _smooth(down - top)
-    column, row = left.astype(np.int64), top.astype(np.int64)
-
-    def corner(right: int, below: int) -> Floats:
-        return uniform(mix((column + right) % columns + (row + below + 4096) * 8192, key))
-
-    upper: Floats = corner(0, 0) * (1 - fx) + corner(1, 0) * fx
-    lower: Floats = corner(0, 1) * (1 - fx) + corner(1, 1) * fx
-    between: Floats = upper * (1 - fy) + lower * fy
+    column, row = left.astype(np.int64) % columns, top[:, 0].astype(np.int64)
+    first = int(row.min())
+    numbers = np.arange(first, int(row.max()) + 2).reshape(-1, 1) + 4096
+    lattice = uniform(mix(np.arange(columns) + numbers * 8192, key))
+    level: Floats = lattice[:, column] * (1 - fx) + lattice[:, (column + 1) % columns] * fx
+    between: Floats = level[row - first] * (1 - fy) + level[row - first + 1] * fy
     return between
 
 
@@ -156,9 +157,18 @@ class Canvas:
 
     def paint(self, cover: Floats, color: Color | Floats, *, lit: float | Floats = 0.0) -> Self:
         """Lay `color` over what is there; where it is `lit` it shines at night."""
-        self.rgb = over(self.rgb, cover, color)
-        self.open_sky = self.open_sky * (1 - cover)
-        self.lit = self.lit * (1 - cover) + cover * lit
+        touched = np.flatnonzero(cover.any(axis=1))  # most parts cover few rows: half of the drawing time
+        if not len(touched):
+            return self
+        rows = slice(int(touched[0]), int(touched[-1]) + 1)
+
+        def here(planes: Floats) -> Floats:
+            return planes[..., rows, :] if planes.shape[-2] == cover.shape[0] else planes
+
+        bare = 1 - cover[rows]
+        self.rgb[:, rows] = over(self.rgb[:, rows], cover[rows], color if isinstance(color, tuple) else here(color))
+        self.open_sky[rows] *= bare
+        self.lit[rows] = self.lit[rows] * bare + cover[rows] * (here(lit) if isinstance(lit, np.ndarray) else lit)
         return self
 
 

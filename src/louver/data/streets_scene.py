@@ -39,7 +39,7 @@ from louver.data.streets_vehicles import VEHICLE_SPRITE, draw_vehicles
 
 Dots = NDArray[np.uint32]
 
-__all__ = ["Dice", "World", "build_world", "photograph"]
+__all__ = ["Dice", "World", "build_vehicles", "build_world", "photograph"]
 
 
 # Porches by place, in the order of PLACES, so that each house door suits its street.
@@ -97,8 +97,7 @@ class World:
     size: int
     dots: int  # bitmap dots a scene unit
     strips: Dots  # (places, rows, columns); the fourth byte is explained in `_strip`
-    vehicles: Dots  # sprites (figures, rows, columns); the fourth byte is coverage
-    people: Dots
+    people: Dots  # sprites (figures, rows, columns); the fourth byte is coverage
     doors: Dots
     plates: NDArray[np.bool_]
     across: Floats  # (cameras, size, size): the scene coordinates that a camera's pixels see
@@ -111,18 +110,26 @@ _LEFT, _TOP = -0.9, -0.35  # the strips begin a little before what any camera ca
 _WIDTH, _HEIGHT = STRIP - 2 * _LEFT, 1.9
 
 
+def _dots(size: int) -> int:
+    return 2 * size if size <= 128 else size  # in larger pictures half a dot of jitter cannot be seen
+
+
 @lru_cache(maxsize=2)
-def build_world(size: int, n_identities: int) -> World:
-    """Draw every place and figure for pictures of (size, size). The last two worlds are kept."""
-    dots = 2 * size if size <= 128 else size  # in larger pictures half a dot of jitter cannot be seen
-    pixel = 1 / size
+def build_vehicles(size: int, n_identities: int) -> Dots:
+    """Sprites (n_identities, rows, columns) of vehicles for pictures of (size, size). The last two sets are kept."""
+    return _pack(draw_vehicles(n_identities, scale=_dots(size), pixel=1 / size))
+
+
+@lru_cache(maxsize=2)
+def build_world(size: int) -> World:
+    """Draw every place, person and door for pictures of (size, size). The last two worlds are kept."""
+    dots, pixel = _dots(size), 1 / size
     lenses = [_lens(camera, size) for camera in CAMERAS.values()]
     across, down, vignette = (np.stack(planes) for planes in zip(*lenses, strict=True))
     return World(
         size=size,
         dots=dots,
         strips=_pack(np.stack([_strip(name, dots, pixel) for name in PLACES])),
-        vehicles=_pack(draw_vehicles(n_identities, scale=dots, pixel=pixel)),
         people=_pack(draw_people(scale=dots, pixel=pixel)),
         doors=_pack(draw_doors(_PORCHES, scale=dots, pixel=pixel)),
         plates=number_plates(max(1, size // 64)),
@@ -207,7 +214,7 @@ class _Scene:
 class _Placing:
     """Which sprite stands where in which picture, everything (n, 1, 1) but `figure` (n,). A negative scale mirrors."""
 
-    pictures: Integers
+    pictures: Integers | slice
     figure: Integers
     x: Floats
     foot: Floats
@@ -215,11 +222,11 @@ class _Placing:
     scale_y: Floats
 
 
-def photograph(world: World, labels: Mapping[str, Integers], dice: Dice) -> NDArray[np.uint8]:
+def photograph(world: World, vehicles: Dots, labels: Mapping[str, Integers], dice: Dice) -> NDArray[np.uint8]:
     """Pictures (n, 3, size, size) with these labels, painted from the back to the front, then seen by their camera."""
     scene = _look(world, labels, dice)
     _lay_street(world, scene, labels, dice)
-    everyone = np.arange(len(scene.frame))
+    everyone = slice(None)
 
     door_x = np.float32(0.5) + dice.sign("door_side") * dice.real("door_x", 0.15, 0.31)
     leaves = len(world.doors) // len(PLACES)
@@ -236,7 +243,7 @@ def photograph(world: World, labels: Mapping[str, Integers], dice: Dice) -> NDAr
         x=dice.real("vehicle_x", 0.43, 0.57), foot=dice.real("vehicle_y", 0.85, 0.91),
         scale_x=scale * dice.real("vehicle_squeeze", 0.86, 1.0) * dice.sign("vehicle_side"), scale_y=scale,
     )  # fmt: skip
-    _stamp(scene, world, world.vehicles, VEHICLE_SPRITE, vehicle, rows=(0.34, 1.0), hidden=0.3)
+    _stamp(scene, world, vehicles, VEHICLE_SPRITE, vehicle, rows=(0.34, 1.0), hidden=0.3)
 
     walking = np.flatnonzero(labels["pedestrian"])
     height = dice.real("person_scale", 0.9, 1.08)[walking]
@@ -270,8 +277,11 @@ def _lay_street(world: World, scene: _Scene, labels: Mapping[str, Integers], dic
     """A stretch of the place's strip with sky, lamps, haze and what lies on the ground."""
     weather = labels["weather"]
     pan = dice.real("pan", 0.0, STRIP) - np.float32(_LEFT)
-    columns = ((scene.across - np.float32(0.5)) * dice.sign("mirror") + pan) * np.float32(world.dots)
-    rows = (scene.down - np.float32(_TOP)) * np.float32(world.dots)
+    turn = dice.sign("mirror") * np.float32(world.dots)
+    columns = scene.across * turn
+    columns += pan * np.float32(world.dots) - np.float32(0.5) * turn
+    rows = scene.down * np.float32(world.dots)
+    rows -= np.float32(_TOP * world.dots)
     frame, shine = _unpack(_look_up(world.strips, labels["place"], rows, columns))
     shine = (shine - 128) * np.float32(1 / 127)
     above = slice(0, round(0.8 * world.size))  # no camera sees sky lower than this
@@ -305,10 +315,12 @@ def _lay_street(world: World, scene: _Scene, labels: Mapping[str, Integers], dic
 def _look_up(bitmaps: Dots, which: Integers, rows: Floats, columns: Floats) -> Dots:
     """The dots at fractional `rows` and `columns` (n, h, w) of bitmap `which` (n,); beyond an edge, the edge's dot."""
     _, height, width = bitmaps.shape
-    row = np.clip(rows, 0, height - 1).astype(np.int32)
-    column = np.clip(columns, 0, width - 1).astype(np.int32)
-    first = (which * (height * width)).reshape(-1, 1, 1)
-    dots: Dots = bitmaps.reshape(-1).take(first + (row * width + column))
+    spot, column = rows.astype(np.int32), columns.astype(np.int32)
+    np.clip(spot, 0, height - 1, out=spot)
+    np.clip(column, 0, width - 1, out=column)
+    spot *= width
+    spot += column
+    dots: Dots = bitmaps.reshape(-1).take(spot + (which * (height * width)).reshape(-1, 1, 1))
     return dots
 
 
@@ -329,15 +341,20 @@ def _stamp(
     which = placing.pictures
     band = slice(round(rows[0] * world.size), round(rows[1] * world.size))
     dots = np.float32(world.dots)
-    x = (scene.across[which, band] - placing.x) * (dots / placing.scale_x) - np.float32(sprite.left) * dots
-    y = (scene.down[which, band] - placing.foot) * (dots / placing.scale_y) + np.float32(sprite.top) * dots
+    stretch_x, stretch_y = dots / placing.scale_x, dots / placing.scale_y
+    x = scene.across[which, band] * stretch_x
+    x -= placing.x * stretch_x + np.float32(sprite.left) * dots
+    y = scene.down[which, band] * stretch_y
+    y -= placing.foot * stretch_y - np.float32(sprite.top) * dots
     color, cover = _unpack(_look_up(sprites, placing.figure, y, x))
     cover = (cover * np.float32(1 / 255))[:, None]
     haze = scene.haze[which] * np.float32(hidden)
     color *= 1 - haze
     color += cover * (haze * scene.haze_color[which])
-    color += scene.frame[which, :, band] * (1 - cover)
-    scene.frame[which, :, band] = color
+    under = scene.frame[which, :, band]
+    under *= 1 - cover
+    under += color
+    scene.frame[which, :, band] = under
 
 
 def _screw_on_plate(scene: _Scene, world: World, number: Integers, style: Integers, door_x: Floats) -> None:
@@ -377,7 +394,8 @@ def _expose(
     exposure = dice.real("exposure", 0.9, 1.08)[..., None]
     contrast = _cameras(camera, "contrast")
     gain = _weathers(weather, "light") * _cameras(camera, "tint") * (exposure * contrast + warmth)
-    frame *= gain * world.vignette[camera][:, None]
+    frame *= gain
+    frame *= world.vignette[camera][:, None]
     frame += 110 * (1 - contrast)
     frame += (_grain(world.size, dice) * _cameras(camera, "grain")[:, 0])[:, None]
     np.clip(frame, 0, 255, out=frame)
