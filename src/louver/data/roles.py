@@ -217,7 +217,7 @@ def _low_coefficients(plane: _Floats) -> _Floats:
     cosines = np.sqrt(2 / _BLOCK) * np.cos((2 * place + 1) * frequency * np.pi / (2 * _BLOCK))
     cosines[0] /= np.sqrt(2)
     basis: _Floats = cosines.astype(np.float32)
-    low: _Floats = basis @ _blocks(plane, _BLOCK) @ basis.T
+    low: _Floats = np.matmul(basis @ _blocks(plane, _BLOCK), basis.T, dtype=np.float32)
     return low
 
 
@@ -235,7 +235,7 @@ def _thumbnails(images: Images) -> _Floats:
 
 def _pool(plane: _Floats, most: int, cell: int) -> _Floats:
     tall, wide = (_averaging(side, min(most, max(1, side // cell))) for side in plane.shape[1:])
-    pooled: _Floats = tall @ plane @ wide.T
+    pooled: _Floats = np.matmul(tall @ plane, wide.T, dtype=np.float32)
     return pooled
 
 
