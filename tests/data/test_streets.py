@@ -70,10 +70,10 @@ def test_refusals_say_what_was_expected_and_what_came(wrong, words):
 
 
 def test_a_picture_depends_on_seed_and_index_alone():
-    few, many = streets(29, seed=12, size=48), streets(83, seed=12, size=48)
-    np.testing.assert_array_equal(few.pixels, many.pixels[:29])
+    few, many = streets(53, seed=12, size=48), streets(83, seed=12, size=48)
+    np.testing.assert_array_equal(few.pixels, many.pixels[:53])
     for column, values in few.labels.items():
-        np.testing.assert_array_equal(values, many.labels[column][:29])
+        np.testing.assert_array_equal(values, many.labels[column][:53])
     labels = street_labels(83, seed=12)
     assert all(np.array_equal(labels[column], many.labels[column]) for column in labels)
 
@@ -111,7 +111,7 @@ def test_the_world_of_vehicles_is_fixed_and_no_two_are_twins():
     assert len(set(zip(body.tolist(), color.tolist(), livery.tolist(), strict=True))) == MAX_IDENTITIES
     vehicles = draw_vehicles(MAX_IDENTITIES, scale=64, pixel=1 / 64).astype(np.int16)
     np.testing.assert_array_equal(draw_vehicles(5, scale=64, pixel=1 / 64), vehicles[:5])
-    for pair in range(len(BODIES) * len(COLORS)):
+    for pair in range(0, len(BODIES) * len(COLORS), 5):  # every body and every color
         lookalikes = vehicles[(body == body[pair]) & (color == color[pair])]
         for number, vehicle in enumerate(lookalikes[:-1]):
             clearly = abs(lookalikes[number + 1 :] - vehicle).max(axis=-1) > 40
