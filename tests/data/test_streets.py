@@ -11,8 +11,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy.stats import chi2_contingency, chisquare
 
 from louver.data.streets import CLASSES, street_labels, streets
+from louver.data.streets_dice import Dice
 from louver.data.streets_drawing import number_plates
-from louver.data.streets_scene import Dice, build_vehicles, build_world, photograph
+from louver.data.streets_scene import build_vehicles, build_world, photograph
 from louver.data.streets_vehicles import BODIES, COLORS, MAX_IDENTITIES, draw_vehicles, vehicle_of
 from louver.errors import DataError
 

@@ -14,9 +14,10 @@ from types import MappingProxyType
 import numpy as np
 
 from louver.data.streets_conditions import CAMERAS, WEATHERS
+from louver.data.streets_dice import Dice
 from louver.data.streets_drawing import Integers
 from louver.data.streets_places import PLACES
-from louver.data.streets_scene import Dice, build_vehicles, build_world, photograph
+from louver.data.streets_scene import build_vehicles, build_world, photograph
 from louver.data.streets_vehicles import BODIES, COLORS, MAX_IDENTITIES, vehicle_of
 from louver.errors import DataError
 from louver.types import Images
