@@ -132,7 +132,7 @@ def _run(graph: fx.Graph, held: dict[fx.Node, Any], images: list[Tensor], weight
     values: dict[fx.Node, Any] = {}
     steps: dict[fx.Node, Step] = {}
     meter = _Meter(weights)
-    meter.hold(images[0])
+    meter.hold(images[0])  # held before the first step starts, and so part of what is live in it
     for node in graph.nodes:
         meter.start()
         if node.op == "placeholder":
@@ -187,7 +187,7 @@ def _kind(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else f"a value of type {type(value).__name__}"
 
 
-class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Meter(TorchDispatchMode):
     """Watches operators go by: products, writes in place, and bytes held by live tensors."""
 
     def __init__(self, weights: list[Tensor]) -> None:
@@ -202,7 +202,12 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def start(self) -> None:
         self.macs = 0
         self.written: set[int] = set()
-        self.peak_bytes = self.live_bytes
+        self.settled_bytes = self.moment_bytes = self.live_bytes
+        self.newest: set[int] = set()
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.settled_bytes, self.moment_bytes)
 
     def hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -212,7 +217,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if address not in self.storages:
             self.storages[address] = (next(self.numbers), storage.nbytes(), set())
             self.live_bytes += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            self.newest.add(address)
         self.storages[address][2].add(key)
         self.watches[key] = weakref.ref(tensor, lambda _: self._release(key, address))
 
@@ -223,6 +228,10 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not tensors:
             del self.storages[address]
             self.live_bytes -= size
+            # What goes before anyone could use it (the indices of a pooling) is scratch of the operator that made it.
+            if address in self.newest:
+                self.newest.discard(address)
+                self.moment_bytes -= size
 
     def storage_of(self, tensor: Tensor) -> int | None:
         """The number of the memory behind a tensor, None for weights."""
@@ -231,6 +240,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.settled_bytes, self.newest = self.peak_bytes, set()
         for leaf in pytree.tree_leaves(_written_arguments(func, args, kwargs)):
             if isinstance(leaf, Tensor) and (number := self.storage_of(leaf)) is not None:
                 self.written.add(number)
@@ -239,6 +249,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.hold(leaf)
+        self.moment_bytes = self.live_bytes
         return result
 
 
@@ -309,8 +320,8 @@ def _wait(x: Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def with_latency(cut: Cut, edge: Latency, cloud: Latency) -> Cut:
-    """The same cut with measured times in its cost.
+def with_latency(cut: Cut, edge: Latency | None, cloud: Latency | None) -> Cut:
+    """The same cut with measured times in its cost; None takes them out.
 
     >>> edge, cloud = measure_latency(halves, images)  # doctest: +SKIP
     >>> with_latency(halves.cut, edge, cloud).cost.edge.latency.runs  # doctest: +SKIP

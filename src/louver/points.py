@@ -104,12 +104,9 @@ class Plan:
         return last
 
     def crossing(self, i: int) -> list[fx.Node]:
-        """The objects made up to position i and needed after it."""
-        return [
-            made
-            for made in dict.fromkeys(self.object_of[n] for n in self.data[: i + 1])
-            if self.last_use.get(made, -1) > i
-        ]
+        """The steps up to position i whose objects are needed after it; of each object the last step that gives it."""
+        latest = {self.object_of[node]: node for node in self.data[: i + 1]}
+        return [node for made, node in latest.items() if self.last_use.get(made, -1) > i]
 
     @cached_property
     def n_crossing(self) -> list[int]:
@@ -192,12 +189,14 @@ class Plan:
             return f"it is {few.kind}, and exactly one tensor can cross"
         mine = self.object_of[node]
         if self.n_crossing[i] != 1 or self.last_use.get(mine, -1) <= i:
-            others = [made for made in self.crossing(i) if made is not mine]
+            others = [other for other in self.crossing(i) if self.object_of[other] is not mine]
             if not others:
                 return "nothing after it uses it"
-            shown = ", ".join(self.label(made) for made in others[:3]) + (", …" if len(others) > 3 else "")
-            until = self.label(self.data[min(max(self.last_use[made] for made in others), len(self.data) - 1)])
-            if self.data[0] in others:
+            shown = ", ".join(self.label(other) for other in others[:3]) + (", …" if len(others) > 3 else "")
+            until = self.label(
+                self.data[min(max(self.last_use[self.object_of[other]] for other in others), len(self.data) - 1)]
+            )
+            if any(self.object_of[other] is self.data[0] for other in others):
                 return f"the raw image skips past it (used until {until}), so it would be sent as well"
             return f"it is inside a residual block or branch: {shown} also crosses (used until {until})"
         (shape, _), (other, _) = few.tensor, more.tensor
@@ -273,7 +272,7 @@ class Plan:
         if whole:
             path = self.trace.target(whole[0])
             reason = f" ({self.trace.boxes[path]})" if path in self.trace.boxes else ""
-            return f"it is inside {self.unwrapped(path)!r}, which runs as one step{reason}", self.position[whole[0]]
+            return f"it is inside {self.unwrapped(path)!r}, which runs as one step{reason}", self.position[whole[0]] - 1
         known = {self.unwrapped(path) for path, _ in self.model.named_modules()}
         return ("that module is not used in evaluation mode" if wanted in known else "unknown name"), None
 

@@ -10,10 +10,12 @@ image sizes fixed; it follows what decides by size. Either graph is run once aga
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,10 +67,23 @@ class Trace:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Tracing makes torch warn about its own insides, which the user can do nothing about: none is shown."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Tracing makes torch warn, log and print about its own insides; the user can do nothing about it and sees none.
+
+    A network that draws random numbers draws them here too: the user's generators are put back.
+    """
+    logger = logging.getLogger("torch")
+    told = io.StringIO()
+    children = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("torch.")]
+    speaking = [child for child in (logger, *children) if not child.disabled]
+    for child in speaking:
+        child.disabled = True
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(), redirect_stderr(told), redirect_stdout(told):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for child in speaking:
+            child.disabled = False
 
 
 @contextmanager
@@ -160,10 +175,10 @@ def _first_line(error: BaseException) -> str:
 def _reason(error: BaseException) -> str:
     """Why an engine gave up, in the words of the user's own code: the line that stopped it."""
     text = str(error)
-    value_dependent = (
-        _NO_BRANCHING in text or "data-dependent" in text.lower() or "DataDependent" in type(error).__name__
-    )
-    why = "control flow depends on the data" if value_dependent else _first_line(error)
+    is_data_dependent = "data-dependent" in text.lower() or "DataDependent" in type(error).__name__
+    why = "control flow depends on the data" if is_data_dependent else _first_line(error)
+    if _NO_BRANCHING in text:
+        why = "control flow depends on the input"
     inside_torch = str(Path(torch.__file__).parent)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith((inside_torch, __file__)) and frame.line:
