@@ -204,7 +204,7 @@ def _window() -> Float[Tensor, " 11"]:
 
 
 @lru_cache(maxsize=64)
-def _band(size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "size-10 size"]:
+def _band(size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "outputs size"]:
     """The matrix whose product with a line of `size` pixels is that line, blurred: the window along the diagonal."""
     with torch.inference_mode(False):  # a cached inference tensor would break the next call that needs gradients
         band = torch.zeros(size - _WINDOW + 1, size, dtype=torch.float64)

@@ -20,7 +20,7 @@ _TIE = 1e-6  # identical pictures differ by less than this in float32 products, 
 
 def recognized(
     model: nn.Module,
-    truth: Int[Tensor, " n"] | Float[Tensor, "n c h w"],
+    truth: Int[Tensor, " labels"] | Float[Tensor, "n c h w"],
     guess: Float[Tensor, "n c h w"],
     *,
     device: torch.device | str | None = None,
