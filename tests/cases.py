@@ -173,7 +173,7 @@ class AttackCase:
 
 ATTACKS = [
     AttackCase(name="mean_image", attack=MeanImage()),
-    AttackCase(name="decoder", attack=Decoder(width=64, blocks=1, epochs=4, trial_epochs=1, restarts=2)),
+    AttackCase(name="decoder", attack=Decoder(width=64, blocks=1, epochs=4, trial_steps=5, restarts=2)),
     AttackCase(name="likelihood", attack=Likelihood(steps=150, sweep_steps=60, n_sweep=4)),
     AttackCase(name="shadow", attack=Shadow(epochs=2, decoder=Decoder(width=64, blocks=1, epochs=2, restarts=1))),
 ]

@@ -19,11 +19,13 @@ from louver.attacks.linear import (
     Layout,
     LinearInverse,
     block_size,
+    feature_batches,
     feature_statistics,
     fit_flat,
     fit_local,
     to_grid,
 )
+from louver.attacks.mean_image import Constant, mean_image
 from louver.errors import AttackError, ConfigError
 from louver.measures.image import SSIM_MIN_SIDE, ssim
 
@@ -40,7 +42,7 @@ class Decoder:
     It starts from the best linear inverse in closed form and learns what that misses; there is no bottleneck: `width`
     channels at every layer, at least 64. Features are standardised per channel, so a contractive edge hides nothing.
     `layout` "auto" takes "local" (features keep their spatial order) or "flat" (they do not) by which linear inverse
-    does better on auxiliary validation. `restarts` networks train for `trial_epochs`; the best goes on to `epochs`
+    does better on auxiliary validation. `restarts` networks train for `trial_steps` batches; the best goes on for `epochs`
     under a falling learning rate; `patience` epochs without a better one end it early.
 
     Raises:
@@ -54,8 +56,8 @@ class Decoder:
 
     width: int = 96
     blocks: int = 3
-    epochs: int = 24
-    trial_epochs: int = 2
+    epochs: int = 20
+    trial_steps: int = 100
     restarts: int = 3
     batch_size: int = 64
     learning_rate: float = 1.5e-3
@@ -69,11 +71,9 @@ class Decoder:
                 f"Decoder: expected width of 64 or more, a multiple of 4, got {self.width}; "
                 "a narrow decoder makes a weak defense look strong"
             )
-        for name in ("blocks", "epochs", "restarts", "batch_size", "patience"):
+        for name in ("blocks", "epochs", "trial_steps", "restarts", "batch_size", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Decoder: expected {name} of 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.trial_epochs <= self.epochs:
-            raise ConfigError(f"Decoder: expected trial_epochs in 0..{self.epochs} (epochs), got {self.trial_epochs}")
         if not self.learning_rate > 0:
             raise ConfigError(f"Decoder: expected a positive learning_rate, got {self.learning_rate}")
 
@@ -86,38 +86,35 @@ class Decoder:
         """Fit to the edge behind `view`."""
         train, validation = view.need_features("Decoder")
         base, layout, mean, scale = _start(train, validation, view.image_shape, self.layout)
-        trial_epochs = self.trial_epochs if self.restarts > 1 else 0
         runs: list[_Run] = []
         for restart in range(self.restarts):
-            run = _Run(
-                self,
-                _build(self, view, base, layout, mean, scale, seed=seed + restart),
-                train,
-                validation,
-                device=view.device,
-                seed=seed + restart,
-            )
-            for epoch in range(trial_epochs):
-                run.epoch(epoch)
-                _tell(progress, f"restart {restart + 1}/{self.restarts}", (epoch + 1) / trial_epochs)
+            network = _build(self, view, base, layout, mean, scale, seed=seed + restart)
+            run = _Run(self, network, train, validation, device=view.device, seed=seed + restart)
+            if self.restarts > 1:
+                run.epoch(0, most_steps=self.trial_steps)
+                _tell(progress, f"restart {restart + 1}/{self.restarts}", (restart + 1) / self.restarts)
             runs.append(run)
-        sound = [run for run in runs if math.isfinite(run.last_error)] if trial_epochs else runs
-        if not sound:
-            raise AttackError(f"Decoder: every one of {self.restarts} restarts diverged; lower its learning_rate")
-        run = min(sound, key=lambda r: r.last_error) if trial_epochs else sound[0]
-        for epoch in range(trial_epochs, self.epochs):
+        run = min(runs, key=lambda r: r.last_error)
+        for epoch in range(self.epochs):
             run.epoch(epoch)
-            _tell(
-                progress,
-                f"epoch {epoch + 1}/{self.epochs}, validation MSE {run.best_error:.5f}",
-                (epoch + 1) / self.epochs,
-            )
             if run.stale >= self.patience:
                 break
-        return run.best()
+            _tell(
+                progress,
+                f"epoch {epoch + 1}/{self.epochs}, validation loss {run.best_error:.5f}",
+                (epoch + 1) / self.epochs,
+            )
+        if not math.isfinite(run.last_error):
+            raise AttackError(
+                f"Decoder: training diverged in the best of {self.restarts} restarts; lower learning_rate"
+            )
+        trained = run.best()
+        return trained if _listens(trained, validation) else Constant(mean_image(train))
 
     def restore(self, view: View, state: Mapping[str, Tensor]) -> Inverter:
         """The trained decoder again."""
+        if "image" in state:
+            return Constant(state["image"])
         is_flat = state["base.weight"].ndim == 2
         grid = tuple(int(side) for side in state["grid"])
         base = LinearInverse(
@@ -148,7 +145,9 @@ def _start(
         fitted = fit_local(train, validation, mean, scale, image_shape)
         if fitted is not None:
             candidates.append((fitted[1], fitted[0], mean, scale))
-    if layout != "local":
+    # A flat inverse of large features takes a minute; it is tried where the local one leaves much unexplained.
+    is_explained = bool(candidates) and candidates[0][0] < 0.25 * _variance(validation)
+    if layout == "flat" or (layout == "auto" and not is_explained):
         mean, scale = feature_statistics(train)
         fitted = fit_flat(train, validation, mean, scale, image_shape)
         if fitted is not None:
@@ -157,6 +156,30 @@ def _start(
         _, inverse, mean, scale = min(candidates, key=lambda c: c[0])
         return inverse, inverse.layout, mean, scale
     return _mean_start(train, image_shape)
+
+
+def _variance(validation: Auxiliary) -> float:
+    """Mean squared distance of validation pictures from their mean."""
+    pictures = validation.images.rows(np.arange(min(len(validation.images), 512)))
+    return float((pictures - pictures.mean(0)).square().mean())
+
+
+def _listens(inverter: Inverter, validation: Auxiliary) -> bool:
+    """Whether pictures come out better with their own features than with those of the next image.
+
+    A decoder that hears nothing can still learn the one picture that scores best, which is not what the features gave
+    away; where its own features help by less than two standard errors, it is replaced by the floor.
+    """
+    features = validation.features
+    assert features is not None
+    count = len(validation.images)
+    gains = []
+    for index in feature_batches(validation):
+        truth = validation.images.rows(index)
+        own, other = (inverter(features.rows(i % count)) for i in (index, index + 1))
+        gains.append((other - truth).square().mean((1, 2, 3)) - (own - truth).square().mean((1, 2, 3)))
+    gain = torch.cat(gains).double()
+    return bool(gain.mean() > 2 * gain.std() / count**0.5)
 
 
 def _mean_start(train: Auxiliary, image_shape: tuple[int, int, int]) -> tuple[LinearInverse, Layout, Tensor, Tensor]:
@@ -336,14 +359,14 @@ class _Run:
         self.best_error = self.last_error = error
         self._best = {name: tensor.clone() for name, tensor in self._average.items()}
 
-    def epoch(self, number: int) -> None:
-        """One pass over the auxiliary images, then a look at auxiliary validation."""
+    def epoch(self, number: int, *, most_steps: int | None = None) -> None:
+        """One pass over the auxiliary images, or the first `most_steps` of it, then a look at auxiliary validation."""
         assert self._train.features is not None
         attack, n = self._attack, len(self._train.images)
         order = self._shuffle.permutation(n)
         steps = max(1, n // self._batch_size)
         self._network.train()
-        for i in range(steps):
+        for i in range(min(steps, most_steps or steps)):
             index = np.sort(order[i * self._batch_size : (i + 1) * self._batch_size])
             for group in self._optimizer.param_groups:
                 group["lr"] = attack.learning_rate * _schedule(number + i / steps, attack.epochs)
@@ -424,5 +447,5 @@ def _loss(kind: str, guess: Tensor, truth: Tensor) -> Tensor:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 convolutions are faster than float32 here: measured on CPUs with AMX, and on Ampere or newer."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())

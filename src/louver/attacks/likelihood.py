@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from louver.attacks.base import Auxiliary, Inverter, Progress, View
 from louver.attacks.linear import feature_statistics
+from louver.attacks.mean_image import Constant, mean_image
 from louver.errors import AttackError, ConfigError
 
 __all__ = ["Likelihood"]
@@ -43,11 +44,11 @@ class Likelihood:
     differ: batched, standardised features, swept weights, a warm start, a stop for each image, pixels projected.
     """
 
-    steps: int = 600
-    sweep_steps: int = 300
+    steps: int = 400
+    sweep_steps: int = 150
     learning_rate: float = 0.02
-    tv: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1)
-    l2: tuple[float, ...] = (0.0, 1e-1)
+    tv: tuple[float, ...] = (0.0, 1e-2, 1e-1)
+    l2: tuple[float, ...] = (0.0, 1e-1, 1.0)
     starts: tuple[str, ...] = ("earlier", "mean")
     restarts: int = 1
     n_sweep: int = 8
@@ -83,7 +84,11 @@ class Likelihood:
         edge = view.need_edge("Likelihood")
         train, validation = view.need_features("Likelihood")
         _, scale = feature_statistics(train, most=_ENOUGH)  # a difference of features needs no mean
-        search = _Search(self, frozen(edge, view.image_shape).to(view.device), scale, _mean_image(train), view, seed)
+        if not bool(scale.any()):
+            return Constant(mean_image(train))  # features that never change say nothing; smoothing is no search
+        search = _Search(
+            self, frozen(edge, view.image_shape).to(view.device), scale, mean_image(train, most=_ENOUGH), view, seed
+        )
         settings = [_Setting(start, tv, l2) for start in search.usable(self.starts) for tv in self.tv for l2 in self.l2]
         if len(settings) > 1:
             search.choose(settings, validation, progress)
@@ -93,6 +98,8 @@ class Likelihood:
 
     def restore(self, view: View, state: Mapping[str, Tensor]) -> Inverter:
         """The tuned search again."""
+        if "image" in state:
+            return Constant(state["image"])
         edge = view.need_edge("Likelihood")
         search = _Search(
             self,
@@ -112,10 +119,6 @@ class _Setting:
     start: str
     tv: float
     l2: float
-
-
-def _mean_image(auxiliary: Auxiliary) -> Float[Tensor, "c h w"]:
-    return auxiliary.images.rows(np.arange(min(len(auxiliary.images), _ENOUGH))).mean(0)
 
 
 def frozen(edge: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:

@@ -24,6 +24,7 @@ __all__ = [
     "LinearInverse",
     "batches",
     "block_size",
+    "feature_batches",
     "feature_statistics",
     "fit_flat",
     "fit_local",
@@ -84,8 +85,8 @@ def to_grid(features: Tensor, image_shape: tuple[int, int, int]) -> Float[Tensor
     """Features as channels on a grid no finer than half the picture, nothing lost.
 
     (n, c, h, w) that are finer are folded 2×2 into channels as often as needed (space to depth, padded to fit);
-    (n, h, w, c), known by sides in the picture's proportion, are turned first; tokens (n, t, d) with t = s² or s² + 1 become a square of s × s, the odd token spread over it; what has no spatial
-    order, (n, d), becomes a grid of 1 × 1.
+    (n, h, w, c), known by sides in the picture's proportion, are turned first; tokens (n, t, d) with t = s² or s² + 1
+    become a square of s × s, the odd token spread over it; what has no spatial order, (n, d), becomes a grid of 1 × 1.
     """
     if features.ndim == 2:
         return features[:, :, None, None]
@@ -141,8 +142,10 @@ def standardization(rows: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     assert pivot is not None
     shift = total / count
     deviation = (squares / count - shift.square()).clamp(min=0).sqrt()
-    largest = deviation.max()
-    scale = torch.where(deviation > 1e-6 * largest, 1 / deviation.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    # What float32 cannot tell from a constant is one.
+    resolution = torch.finfo(torch.float32).eps * (pivot + shift).abs()
+    is_heard = deviation > torch.maximum(1e-6 * deviation.max(), resolution)
+    scale = torch.where(is_heard, 1 / deviation.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     shape = (1, -1) + (1,) * (ndim - 2)
     return (pivot + shift).float().view(shape), scale.float().view(shape)
 

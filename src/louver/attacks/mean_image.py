@@ -10,22 +10,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from louver.attacks.base import Inverter, Progress, View
+from louver.attacks.base import Auxiliary, Inverter, Progress, View
 
-__all__ = ["MeanImage"]
+__all__ = ["Constant", "MeanImage", "mean_image"]
 
 _ROWS = 1024
 
 
 @dataclass(frozen=True)
-class _Constant:
+class Constant:
+    """An inverter that makes the same picture of everything: what an attack is left with that hears nothing."""
+
     image: Float[Tensor, "c h w"]
 
     def __call__(self, features: Tensor, *, progress: Progress | None = None) -> Float[Tensor, "n c h w"]:
+        """The picture, once for each row of features."""
         return self.image.expand(len(features), *self.image.shape).clone()
 
     def state(self) -> dict[str, Tensor]:
+        """The picture."""
         return {"image": self.image}
+
+
+def mean_image(auxiliary: Auxiliary, *, most: int | None = None) -> Float[Tensor, "c h w"]:
+    """The mean of the first `most` images."""
+    count = min(len(auxiliary.images), most or len(auxiliary.images))
+    rows = [np.arange(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS)]
+    total = sum((auxiliary.images.rows(index).double().sum(0) for index in rows), torch.tensor(0.0))
+    return (total / count).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +57,8 @@ class MeanImage:
     def prepare(self, view: View, *, seed: int, progress: Progress | None = None) -> Inverter:
         """Average the attacker's images."""
         train, _ = view.need_auxiliary("MeanImage")
-        total = torch.zeros(view.image_shape, dtype=torch.float64)
-        for start in range(0, len(train.images), _ROWS):
-            rows = train.images.rows(np.arange(start, min(start + _ROWS, len(train.images))))
-            total += rows.double().sum(0)
-        return _Constant((total / len(train.images)).float())
+        return Constant(mean_image(train))
 
     def restore(self, view: View, state: Mapping[str, Tensor]) -> Inverter:
         """The same constant again."""
-        return _Constant(state["image"])
+        return Constant(state["image"])

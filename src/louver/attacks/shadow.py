@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from louver.attacks.base import Auxiliary, Inverter, Progress, View
 from louver.attacks.decoder import Decoder
+from louver.attacks.linear import feature_statistics, standardization
 from louver.errors import AttackError, ConfigError, ThreatError
 
 __all__ = ["Shadow"]
+
+_ENOUGH_TO_ALIGN = 8
+"""Fewer features than this have no statistics worth the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,8 @@ class Shadow:
         AttackError: (from `prepare`) the substitute diverged.
 
     Source: query-free attack of He et al., "Model inversion attacks against collaborative inference" (ACSAC 2019),
-    section 6; we differ: the statistics of batch normalisation are matched too.
+    section 6; we differ: the statistics of batch normalisation are matched too, and the true features are brought
+    to the substitute's scale before they are inverted.
     """
 
     width: int = 64
@@ -75,11 +80,13 @@ class Shadow:
             return replace(auxiliary, features=_SubstituteRows(substitute, auxiliary, view.device))
 
         shadow_view = replace(view, train=seen(train), validation=seen(validation), edge=None)
-        return self.decoder.prepare(shadow_view, seed=seed, progress=progress)
+        mean, scale = feature_statistics(seen(train))
+        return _Aligned(self.decoder.prepare(shadow_view, seed=seed, progress=progress), mean, scale)
 
     def restore(self, view: View, state: Mapping[str, Tensor]) -> Inverter:
         """The decoder of the substitute again."""
-        return self.decoder.restore(view, state)
+        inner = {name.removeprefix("decoder."): state[name] for name in state if name.startswith("decoder.")}
+        return _Aligned(self.decoder.restore(view, inner), state["substitute.mean"], state["substitute.scale"])
 
     def _fit(self, substitute: nn.Module, view: View, train: Auxiliary, seed: int, progress: Progress | None) -> None:
         assert train.labels is not None
@@ -108,6 +115,30 @@ class Shadow:
                     schedule.step()
                 if progress is not None:
                     progress(f"substitute, epoch {epoch + 1}/{self.epochs}", (epoch + 1) / self.epochs)
+
+
+@dataclass(frozen=True)
+class _Aligned:
+    """A decoder of the substitute's features, fed with true ones brought to the same mean and deviation per channel.
+
+    The attacker sees the features that it inverts, so their statistics are its own to take; the substitute's features
+    agree with them in kind at best, not in scale.
+    """
+
+    decoder: Inverter
+    mean: Tensor
+    scale: Tensor
+
+    def __call__(self, features: Tensor, *, progress: Progress | None = None) -> Float[Tensor, "n c h w"]:
+        if len(features) >= _ENOUGH_TO_ALIGN:
+            mean, scale = standardization(iter([features]))
+            deviation = torch.where(self.scale > 0, 1 / self.scale.clamp(min=1e-30), 0.0)
+            features = (features - mean) * scale * deviation + self.mean
+        return self.decoder(features, progress=progress)
+
+    def state(self) -> dict[str, Tensor]:
+        own = {"substitute.mean": self.mean, "substitute.scale": self.scale}
+        return own | {f"decoder.{name}": tensor for name, tensor in self.decoder.state().items()}
 
 
 class _Statistics:
