@@ -45,7 +45,7 @@ MODELS = [
     ("torchvision:vit_b_32", {"image_shape": (3, 64, 64), "n_classes": 3}, (3, 64, 64), 3, IMAGENET),
     ("timm:vit_tiny_patch16_224", {"image_shape": (3, 32, 48)}, (3, 32, 48), 1000, ([0.5] * 3, [0.5] * 3)),
     ("resnet10t", {"image_shape": (1, 40, 33), "n_classes": 4}, (1, 40, 33), 4, ([0.0], [1.0])),
-    ("mobilenet_v2", {"n_classes": 4, "mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}, (3, 40, 33), 4, None),
+    ("mobilenet_v2", {"n_classes": 4, "mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0]}, (3, 40, 33), 4, None),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from louver.types import Images
 __all__ = ["Classification", "Task"]
 
 
+@runtime_checkable
 class Task(Protocol):
     """A use of a network. Training minimizes `loss`, and keeps the epoch whose figure named `score` is highest."""
 
