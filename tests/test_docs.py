@@ -192,9 +192,9 @@ def test_your_own_network_as_the_readme_tells_it(tmp_path, run):
         tmp_path / "street-cameras.safetensors",
     )
     text = block.text.replace("size = 64", "size = 48")
-    text = text.replace("[attacks.decoder]\n", "[attacks.decoder]\nepochs = 1\nrestarts = 1\ntrial_epochs = 0\n")
+    text = text.replace("[attacks.decoder]\n", "[attacks.decoder]\nepochs = 2\nrestarts = 1\n")
     text = text.replace("test_images = 64\n", "test_images = 3\nsteps = 5\nsweep_steps = 3\ntv = [0.01]\nl2 = [0.0]\n")
-    assert text.count("epochs") == 2
+    assert "epochs = 2" in text
     assert "steps = 5" in text
     (tmp_path / "street-cameras.toml").write_text(text, encoding="utf-8")
     said = run("audit", "street-cameras.toml", ok=(0, 1))
