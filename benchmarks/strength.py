@@ -92,7 +92,7 @@ def main() -> None:
         "decoder": Decoder(epochs=1, restarts=1) if arguments.quick else Decoder(epochs=6),
         "likelihood": Likelihood(steps=20, sweep_steps=20)
         if arguments.quick
-        else Likelihood(steps=300, sweep_steps=150),
+        else Likelihood(steps=200, sweep_steps=100),
     }
     with Progress(console=Console(stderr=True)) as bar:
         line = bar.add_task("training", total=1.0)

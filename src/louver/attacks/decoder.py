@@ -42,8 +42,8 @@ class Decoder:
     It starts from the best linear inverse in closed form and learns what that misses; there is no bottleneck: `width`
     channels at every layer, at least 64. Features are standardised per channel, so a contractive edge hides nothing.
     `layout` "auto" takes "local" (features keep their spatial order) or "flat" (they do not) by which linear inverse
-    does better on auxiliary validation. `restarts` networks train for `trial_steps` batches; the best goes on for `epochs`
-    under a falling learning rate; `patience` epochs without a better one end it early.
+    does better on auxiliary validation. `restarts` networks train for `trial_steps` batches; the best goes on for
+    `epochs` under a falling learning rate; `patience` epochs without a better one end it early.
 
     Raises:
         ConfigError: a knob outside its range.
