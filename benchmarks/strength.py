@@ -21,7 +21,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from common import record
-from louver.attacks import Decoder, Likelihood
+from louver.attacks import Attack, Decoder, Likelihood
 from louver.audit import Settings, audit
 from louver.cut import split
 from louver.data import drop_overlap, load_images
@@ -88,7 +88,7 @@ def main() -> None:
     network = SixConvolutions()
     folder = arguments.folder / ("quick" if arguments.quick else "full")
     epochs = 1 if arguments.quick else 6
-    attacks = {
+    attacks: dict[str, Attack] = {
         "decoder": Decoder(epochs=1, restarts=1) if arguments.quick else Decoder(epochs=6),
         "likelihood": Likelihood(steps=20, sweep_steps=20)
         if arguments.quick
