@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -36,6 +37,9 @@ app = typer.Typer(
 )
 _LAB = ("jaxtyping", "jinja2", "PIL", "pyarrow", "pydantic", "safetensors", "timm", "tomli_w", "torch", "torchvision")
 
+_INTERRUPTED = 130
+_LOG_EVERY_S = 15.0
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
@@ -51,13 +55,15 @@ def main() -> None:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted; what was finished is kept: run the same command with --resume", markup=False)
-        code = 130
+        code = _INTERRUPTED
     except TyperException as error:
         # Which click lies below typer is its own affair; what a usage error can say of itself is not.
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        errors.print(f"error: {message}", style="bold red", markup=False, highlight=False)
+        if message:  # without a command typer prints the help, and has no more to say
+            errors.print(f"error: {message}", style="bold red", markup=False, highlight=False)
         code = 2
+    if code == _INTERRUPTED:  # typer may have caught the interruption first, and left only its code
+        errors.print("interrupted; what was finished is kept: run the same command with --resume", markup=False)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -216,8 +222,9 @@ def _run(
         from louver.report import write_report
         from louver.runs import panels, to_json
     _set_threads(threads)
+    chosen = _device(device)
     with _progress() as tell:
-        found = run_experiment(experiment, folder, device=_device(device), progress=tell)
+        found = run_experiment(experiment, folder, device=chosen, progress=tell)
         path = write_report(found, panels(folder, found), folder / "report.html")
     if as_json:
         print(json.dumps(to_json(found)))
@@ -235,14 +242,26 @@ def _run(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error, which leaves standard output to results."""
+    """A bar on standard error, which leaves standard output to results; in a log, a line now and then."""
+    console = Console(stderr=True, soft_wrap=True)
+    if not console.is_terminal:
+        last = -_LOG_EVERY_S
+
+        def log(what: str, fraction: float) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _LOG_EVERY_S:
+                last = time.monotonic()
+                console.print(f"{fraction:4.0%} {what}", markup=False, highlight=False)
+
+        yield log
+        return
     columns = (
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda what, fraction: bar.update(task, description=what, completed=fraction)
 

@@ -235,6 +235,8 @@ def _value(kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - whate
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise ConfigError(f"{where}: expected {place!r}, got none; add it") from error
         if first["type"] == "value_error":
             raise ConfigError(f"{where}: {message}") from error
         raise ConfigError(f"{where}{', ' + place if place else ''}: {message}, got {first['input']!r}") from error
