@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from louver.data import data_root, load_images, readers, streets
 from louver.data.windows import Window, split_window
@@ -46,6 +47,8 @@ def test_a_path_that_exists_as_spelled_wins(tmp_path):
     odd.mkdir()
     (tmp_path / "x.npz").rename(odd / "x.npz")
     assert len(load_images(f"{odd}/x.npz[1:]")) == 3
+    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(odd / "a.png")
+    assert len(load_images(str(odd))) == 1
 
 
 def test_streets_by_seed():
@@ -105,10 +108,10 @@ def mnist(tmp_path, monkeypatch):
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
     pixels = np.random.default_rng(2).integers(0, 256, (5, 28, 28), dtype=np.uint8)
-    for part in ("train", "t10k"):
+    for part, last in (("train", 9), ("t10k", 5)):
         for kind, header, body in (
             ("images-idx3", [0x803, 5, 28, 28], pixels.tobytes()),
-            ("labels-idx1", [0x801, 5], bytes([3, 1, 4, 1, 5])),
+            ("labels-idx1", [0x801, 5], bytes([3, 1, 4, 1, last])),
         ):
             content = b"".join(number.to_bytes(4, "big") for number in header) + body
             (folder / f"{part}-{kind}-ubyte").write_bytes(content)
@@ -119,11 +122,13 @@ def mnist(tmp_path, monkeypatch):
 
 
 def test_torchvision_sets_by_name(mnist):
-    loaded = load_images("torchvision:MNIST/test[1:4]")
-    assert np.array_equal(loaded.pixels[:, 0], mnist[1:4])
-    assert loaded.labels["label"].tolist() == [1, 4, 1]
+    loaded = load_images("torchvision:MNIST/test[1:]")
+    assert np.array_equal(loaded.pixels[:, 0], mnist[1:])
+    assert loaded.labels["label"].tolist() == [1, 4, 1, 5]
     assert loaded.classes["label"][4] == "4 - four"
-    assert load_images("torchvision:MNIST/train", size=16, channels=3).pixels.shape == (5, 3, 16, 16)
+    train = load_images("torchvision:MNIST/train", size=16, channels=3)
+    assert train.pixels.shape == (5, 3, 16, 16)
+    assert train.labels["label"].tolist() == [3, 1, 4, 1, 9]
 
 
 @pytest.mark.parametrize(

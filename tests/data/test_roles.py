@@ -136,10 +136,18 @@ def test_scenes_that_differ_in_one_stroke_of_a_digit_are_different(size, contras
 
 def test_scenes_that_differ_in_color_alone_are_different():
     red, blue = SCENES.pixels[:30].copy(), SCENES.pixels[:30].copy()
-    # The same luma, so that only the color planes can tell.
-    red[:, :, 20:50, 20:50] = np.array([150, 60, 60], np.uint8)[:, None, None]
-    blue[:, :, 20:50, 20:50] = np.array([60, 90, 150], np.uint8)[:, None, None]
+    # The same luma, so that only the color planes can tell, and too small for the sieve.
+    red[:, :, 32:41, 32:41] = np.array([150, 60, 60], np.uint8)[:, None, None]
+    blue[:, :, 32:41, 32:41] = np.array([60, 90, 150], np.uint8)[:, None, None]
     assert len(found(red, blue)) == 0
+
+
+def test_the_last_rows_count_where_blocks_do_not_fit():
+    one = np.ascontiguousarray(SCENES.pixels[:20, :1, :28, :28])
+    other = one.copy()
+    other[:, :, 25:, 25:] = np.where(one[:, :, 25:, 25:] > 128, one[:, :, 25:, 25:] - 60, one[:, :, 25:, 25:] + 60)
+    assert len(found(one, reencoded(one, 90))) == 20
+    assert len(found(one, other)) == 0
 
 
 def test_the_sieve_loses_no_pair(generator):

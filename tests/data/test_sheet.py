@@ -30,13 +30,14 @@ def test_pictures_are_shown_in_order(tmp_path):
 
 
 def test_captions_tell_labels_apart(tmp_path):
-    def caption(value, columns):
-        one = Images(pixels=SET.pixels[:1], labels={name: np.array([value]) for name in columns}, classes=SET.classes)
+    def caption(value, columns, classes=SET.classes):
+        one = Images(pixels=SET.pixels[:1], labels={name: np.array([value]) for name in columns}, classes=classes)
         return np.asarray(Image.open(contact_sheet(one, tmp_path / "one.png", scale=16)))[6 + 128 :]
 
     assert not np.array_equal(caption(0, ["place"]), caption(1, ["place"]))
     assert not np.array_equal(caption(0, ["place"]), caption(0, ["other"]))
     assert len(caption(0, ["place", "other"])) > len(caption(0, ["place"]))
+    assert not np.array_equal(caption(1, ["place", "other"]), caption(1, ["place", "other"], {"place": ("a", "1")}))
     assert len(caption(9, ["place"]))
 
 
