@@ -500,6 +500,14 @@ def test_hooks_are_part_of_what_the_network_computes():
     assert not torch.equal(halves(images()), plain)
 
 
+def test_a_hook_is_never_shown_a_stand_in():
+    network, seen = nn.Sequential(small_net(), nn.Softmax(1)).eval(), []
+    network[0].register_forward_hook(lambda module, args, result: seen.append(isinstance(result, Tensor)))
+    assert [cut.name for cut in cuts(network, images())] == ["0"]
+    assert seen
+    assert all(seen)
+
+
 def test_the_halves_keep_what_trains_and_start_in_evaluation_mode():
     network = small_net().train()
     network[0].weight.requires_grad_(False)
