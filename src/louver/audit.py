@@ -7,6 +7,7 @@ run folder, and not run again when the audit resumes.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
@@ -115,9 +116,11 @@ def audit(
     chosen = _choose(len(roles.test), settings.test_images, seed)
     test = roles.test.take(chosen)
     labels = test.column(label) if label is not None else None
+    # Copies: the user's stay where they are, and in the mode that they are in.
+    splits = [copy.deepcopy(split).eval().to(device) for split in splits]
     victim = splits[0]
     context = MeasureContext(
-        model=victim.to(device) if task is not None else None,
+        model=victim if task is not None else None,
         labels=labels,
         lpips_weights=settings.lpips_weights,
         device=str(device),
@@ -262,7 +265,6 @@ class _Site:
     def view(self, progress: Progress | None = None) -> View:
         """What the threat model grants at this cut."""
         if self._view is None:
-            edge = self.split.edge.to(self.device)
             has_features = bool(self.threat.grants & {"edge", "query"})
             train, validation = (
                 self._auxiliary(images, has_features, is_mirrored, progress)
@@ -271,8 +273,8 @@ class _Site:
             self._view = View(
                 image_shape=self.test.image_shape,
                 feature_shape=self.split.cut.feature_shape,
-                cloud=self.split.cloud.to(self.device),
-                edge=edge if "edge" in self.threat.grants else None,
+                cloud=self.split.cloud,
+                edge=self.split.edge if "edge" in self.threat.grants else None,
                 train=train,
                 validation=validation,
                 device=self.device,

@@ -128,9 +128,8 @@ def test_dead_positions_are_not_nan():
     assert perceptual_distance(Dead())(*pair()).tolist() == [0.0] * N
 
 
-@pytest.mark.parametrize("name", ["squeezenet_distance", "mobilenet_distance"])
-def test_shared_weights_see_what_is_alike(name: str):
-    measure = MEASURES[name]
+def test_shared_weights_see_what_is_alike():
+    measure = MEASURES["squeezenet_distance"]
     reason = measure.missing((3, H, W), MeasureContext())
     if reason is not None:
         pytest.skip(reason)

@@ -30,7 +30,6 @@ def test_the_table_names_itself():
     assert list(MEASURES) == [measure.name for measure in MEASURES.values()]
     assert set(MEASURES) == {
         "lpips",
-        "mobilenet_distance",
         "ms_ssim",
         "mse",
         "psnr",
@@ -74,7 +73,7 @@ def test_names_come_back_in_their_order():
         ("ssim", (3, 10, 41), "needs 11 pixels"),
         ("recognized", SHAPE, "needs the victim model"),
         ("lpips", SHAPE, "LPIPS weights"),
-        ("mobilenet_distance", SHAPE, "weights were not loaded"),
+        ("squeezenet_distance", SHAPE, "weights were not loaded"),
     ],
 )
 def test_what_is_asked_for_is_never_left_out_in_silence(

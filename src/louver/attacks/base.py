@@ -24,6 +24,7 @@ Progress = Callable[[str, float], None]
 """Called as `progress(what, fraction)` while an attack works; fraction runs from 0 to 1."""
 
 
+@runtime_checkable
 class FeatureRows(Protocol):
     """Features of many images, computed once; may live on disk."""
 
@@ -33,6 +34,7 @@ class FeatureRows(Protocol):
         """Features at `index`, float32 (len(index), *feature_shape), on the CPU."""
 
 
+@runtime_checkable
 class ImageRows(Protocol):
     """Images of the attacker; `rows` returns float32 (n, c, h, w) in [0,1]."""
 
@@ -112,6 +114,7 @@ class View:
         return self.edge
 
 
+@runtime_checkable
 class Attack(Protocol):
     """One way to turn features back into pictures."""
 

@@ -23,7 +23,6 @@ from louver.measures import image, perceptual, recognition
 from louver.measures.image import ms_ssim, mse, psnr, ssim
 from louver.measures.perceptual import (
     lpips_distance,
-    mobilenet_distance,
     perceptual_distance,
     squeezenet_distance,
 )
@@ -36,7 +35,6 @@ __all__ = [
     "MeasureContext",
     "Summary",
     "lpips_distance",
-    "mobilenet_distance",
     "ms_ssim",
     "mse",
     "perceptual_distance",
@@ -182,7 +180,7 @@ def _loaded_lpips(path: Path, device: str) -> perceptual.Distance:
 
 
 def _missing_backbone(name: str) -> str | None:
-    backbone = {"squeezenet_distance": "squeezenet1_0", "mobilenet_distance": "mobilenet_v2"}[name]
+    backbone = {"squeezenet_distance": "squeezenet1_0"}[name]
     try:
         perceptual.shared_distance(backbone, torch.device("cpu"))
     except InputError as error:
@@ -241,16 +239,6 @@ MEASURES: Mapping[str, Measure] = _table(
         description="Distance between SqueezeNet 1.0 features (not LPIPS); 0 looks the same to that network.",
         bounds=(0.0, 4.0),
         compute=_by_image(squeezenet_distance, torch.float32),
-        needs=frozenset({"shared_weights"}),
-        min_side=perceptual.PERCEPTUAL_MIN_SIDE,
-    ),
-    Measure(
-        name="mobilenet_distance",
-        unit="",
-        leaks_when="low",
-        description="Distance between MobileNetV2 features (not LPIPS); 0 looks the same to that network.",
-        bounds=(0.0, 4.0),
-        compute=_by_image(mobilenet_distance, torch.float32),
         needs=frozenset({"shared_weights"}),
         min_side=perceptual.PERCEPTUAL_MIN_SIDE,
     ),

@@ -1,7 +1,7 @@
 """How alike two images look to a network: distances between its inner features, one value per image.
 
-Two kinds, never to be confused. `squeezenet_distance` and `mobilenet_distance` weigh all channels alike and need no
-calibration: they are NOT LPIPS, and their values compare only with themselves. `lpips_distance` is LPIPS, and runs
+Two kinds, never to be confused. `squeezenet_distance` weighs all channels alike and needs no calibration: it is NOT
+LPIPS, and its values compare only with themselves. `lpips_distance` is LPIPS, and runs
 only on weights that the user brings, backbone and linear heads both.
 """
 
@@ -22,7 +22,6 @@ __all__ = [
     "PERCEPTUAL_MIN_SIDE",
     "load_lpips",
     "lpips_distance",
-    "mobilenet_distance",
     "perceptual_distance",
     "shared_distance",
     "squeezenet_distance",
@@ -83,16 +82,6 @@ def squeezenet_distance(truth: Float[Tensor, "n c h w"], guess: Float[Tensor, "n
         WeightsError: the weights are not there.
     """
     return shared_distance("squeezenet1_0", truth.device)(truth, guess)
-
-
-def mobilenet_distance(truth: Float[Tensor, "n c h w"], guess: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
-    """Distance of each pair on MobileNetV2 features (ImageNet weights of the shared data); 0 to 4. NOT LPIPS.
-
-    Raises:
-        DataError: as in `perceptual_distance`.
-        WeightsError: the weights are not there.
-    """
-    return shared_distance("mobilenet_v2", truth.device)(truth, guess)
 
 
 @lru_cache(maxsize=4)

@@ -149,7 +149,7 @@ _MEASURES: dict[str, Measure] = {
     ),
 }
 
-_NETWORKS = {"squeezenet": "SqueezeNet", "mobilenet": "MobileNetV2"}
+_NETWORKS = {"squeezenet": "SqueezeNet"}
 
 _PERCEPTUAL = (
     "Perceptual distance on the features of a stock network ({network}): how different two pictures look to it. "
