@@ -63,7 +63,9 @@ def test_parts_follow_each_other_in_the_whole_set():
 def test_only_the_mosaics_asked_for_are_decoded(monkeypatch):
     decoded = []
     real = packed.picture
-    monkeypatch.setattr(packed, "picture", lambda content, name, wish: decoded.append(name) or real(content, name, wish))
+    monkeypatch.setattr(
+        packed, "picture", lambda content, name, wish: decoded.append(name) or real(content, name, wish)
+    )
     load_images("cifar10/test[2400:2600]")
     assert decoded == ["cifar10 mosaic 0", "cifar10 mosaic 1"]
 
@@ -122,7 +124,9 @@ def found(ours, theirs):
 
 
 @pytest.mark.parametrize("quality", [60, 75, 95])
-@pytest.mark.parametrize("source", ["cifar10/test[:1500]", "vehicle_reid[:200]", "celeba299_faces[:200]", "fashion_mnist/test[:1500]"])
+@pytest.mark.parametrize(
+    "source", ["cifar10/test[:1500]", "vehicle_reid[:200]", "celeba299_faces[:200]", "fashion_mnist/test[:1500]"]
+)
 def test_reencoded_real_pictures_are_found(source, quality):
     pixels = load_images(source).pixels
     pairs = found(jpeg(pixels, quality), pixels)
