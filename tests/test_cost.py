@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from cases import MODELS, ModelCase
 from louver.cost import measure_latency, with_latency
 from louver.cut import cuts, split
-from louver.types import Latency
 from oracles_cut import all_splits, counted_macs, peak_bytes
 
 
@@ -134,25 +134,29 @@ def test_latency_is_measured_on_request_only():
     assert with_latency(timed, None, None) == halves.cut
 
 
-class Sleeping(nn.Module):
-    def __init__(self, times_s: list[float]) -> None:
+class Taking(nn.Module):
+    """Takes the given times one after the other, by a clock of its own."""
+
+    def __init__(self, clock_s: list[float], times_s: list[float]) -> None:
         super().__init__()
-        self.times_s = iter(times_s)
+        self.clock_s, self.times_s = clock_s, iter(times_s)
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(next(self.times_s))
+        self.clock_s[0] += next(self.times_s)
         return x
 
 
-def test_latency_is_the_median_without_the_warm_up():
-    class Halves:
-        edge = Sleeping([0.0, 0.3, 0.01, 0.01, 0.2])  # the first makes the feature, the second warms up
-        cloud = Sleeping([0.3, 0.02, 0.02, 0.02])
-
-    edge, cloud = measure_latency(Halves(), torch.rand(2, 3, 4, 5), runs=3, warmup=1)
-    assert 10 <= edge.median_ms < 100 < edge.p90_ms
-    assert 20 <= cloud.median_ms <= cloud.p90_ms < 200
-    assert isinstance(edge, Latency)
+def test_latency_is_the_median_without_the_warm_up(monkeypatch: pytest.MonkeyPatch):
+    clock_s = [0.0]
+    monkeypatch.setattr("louver.cost.time", SimpleNamespace(perf_counter=lambda: clock_s[0]))
+    # Of the edge's times the first is for the feature; then one pass to warm up and three to measure, in each half.
+    halves = SimpleNamespace(
+        edge=Taking(clock_s, [0.0, 9.0, 0.01, 0.03, 0.02]), cloud=Taking(clock_s, [9.0, 0.5, 0.2, 0.3])
+    )
+    edge, cloud = measure_latency(halves, torch.rand(2, 3, 4, 5), runs=3, warmup=1)
+    assert (edge.p10_ms, edge.median_ms, edge.p90_ms) == pytest.approx((12, 20, 28))
+    assert (cloud.p10_ms, cloud.median_ms, cloud.p90_ms) == pytest.approx((220, 300, 460))
+    assert (edge.runs, cloud.runs) == (3, 3)
 
 
 @pytest.mark.parametrize("wrong", [{"runs": 0}, {"warmup": -1}, {"threads": 0}])
