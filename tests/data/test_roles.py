@@ -229,9 +229,9 @@ def test_many_against_many_in_seconds_and_bounded_memory(generator):
     theirs = generator.integers(0, 255, (5_000, 3, 16, 16), dtype=np.uint8)
     theirs[4_321] = ours[19_876]
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     assert found(ours, theirs).tolist() == [[19_876, 4_321]]
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds < 30  # about one, on an idle machine

@@ -25,7 +25,7 @@ _Pairs = NDArray[np.int64]
 #   looked at. JPEG of quality 60 reaches 3.2 on 28 x 28 pictures, and less on larger ones.
 # * _LUMA: a JPEG coder moves a coefficient of an 8 x 8 block by half a quantization step at most; clipping to 0..255
 #   and another resize filter add a part of the coefficient itself (_RELATIVE). In that unit the lowest ten coefficients
-#   of quality 60 reach 1.9 on CIFAR-10 and vehicles, 3.0 on faces, 4 on 99.8 % of Fashion-MNIST; other filters reach
+#   of quality 60 reach 1.9 on CIFAR-10 and vehicles, 3.0 on faces, 4.0 on Fashion-MNIST; other resize filters reach
 #   3.6. Only clipping moves the mean of a block, by 8 levels at most (_CLIPPED). The two most alike CIFAR-10 pictures,
 #   training against test, that show different things are at 6.6.
 # * _CHROMA: mean color of 16 x 16 pixels, the block of a coder that halves the color planes; 7.8 at most in `streets`.
