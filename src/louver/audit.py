@@ -199,13 +199,19 @@ def audit(
         findings=tuple(findings),
         rows=rows,
         verdict=replace(verdict, warnings=(*verdict.warnings, *notes)),
-        utility=task.evaluate(victim, roles.test, device=device) if task is not None else {},
+        utility=_utility(task, victim, roles.test, device),
         config=config or {},
         environment=_environment(device),
         seconds=time.monotonic() - started,
     )
     run.save_audit(result)
     return result
+
+
+def _utility(task: Task | None, victim: Split, test: Images, device: torch.device) -> dict[str, float]:
+    """What the network is good for, without the number of images, which is no figure of merit."""
+    figures = {} if task is None else task.evaluate(victim, test, device=device)
+    return {name: value for name, value in figures.items() if name != "n"}
 
 
 def _check_grants(attacks: Mapping[str, Attack], threat: Threat) -> None:

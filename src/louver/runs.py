@@ -32,7 +32,8 @@ from louver.types import Audit, Check, Cost, Cut, Finding, HalfCost, Images, Lat
 
 __all__ = ["RunFolder", "Unit", "load_audit", "panels", "to_json"]
 
-_COLUMNS = 8
+_COLUMNS = 6
+"""Pictures in a strip: as many as a page shows at twice their size."""
 
 
 @dataclass(frozen=True)

@@ -358,7 +358,8 @@ def _grids(panel: Panel) -> list[Grid]:
                         is_enlarged=shown_width > width,
                     )
                 )
-            rows.append((name, tuple(pictures)))
+            # A name with spaces breaks between words in its narrow column.
+            rows.append((name.replace("_", " "), tuple(pictures)))
         part = f", {columns[0] + 1} to {columns[-1] + 1} of {len(panel.truth)}" if len(panel.truth) > COLUMNS else ""
         captions = tuple(panel.captions[column] for column in columns)
         grids.append(Grid(heading=panel.title + part, rows=tuple(rows), captions=captions))
