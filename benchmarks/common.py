@@ -47,11 +47,14 @@ def commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
 
 
+_MEASURED = commit()  # now: by the time that a long run ends, the tree may have moved on
+
+
 def record(name: str, figures: dict[str, Any], *, seed: int, seconds: float) -> Path:
     """Writes benchmarks/results/NAME.json: the figures, with command, commit, seed and machine."""
     content = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": commit(),
+        "commit": _MEASURED,
         "seed": seed,
         "seconds": round(seconds, 1),
         "machine": machine(),

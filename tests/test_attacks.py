@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cases import ATTACKS, AttackCase
 from louver.attacks import Decoder, Likelihood, MeanImage, Shadow, View
 from louver.attacks.decoder import _Network
 from louver.attacks.likelihood import frozen, total_variation
 from louver.attacks.linear import feature_statistics, fit_flat, fit_local, standardization, to_grid
-from louver.errors import AttackError, ConfigError, ThreatError
+from louver.errors import AttackError, ConfigError, DataError, ThreatError
 from louver.measures import psnr, ssim, summarize
 from toys import SHAPE, Mixed, Noise, Shuffled, Silent, Tokens, Wide, features_of, pictures, view_of
 
@@ -109,7 +110,6 @@ def test_shadow_beats_the_floor_without_one_look_at_the_edge() -> None:
     truth, features = test.images.rows(np.arange(N_TEST)), test.features.rows(np.arange(N_TEST))
     floor = MeanImage().prepare(view, seed=7)(features)
     guess = attack.prepare(blind, seed=7)(features)
-    print(psnr(truth, guess).mean(), psnr(truth, floor).mean(), ssim(truth, guess).mean(), ssim(truth, floor).mean())
     scored = [psnr(truth, picture).double().numpy() for picture in (guess, floor)]
     assert summarize(*scored, "high", seed=0).beats_floor
 
@@ -296,6 +296,26 @@ def test_likelihood_refuses_an_edge_that_gives_nan() -> None:
         Likelihood().prepare(view_of(Broken(), n=40), seed=0)
 
 
+@pytest.mark.parametrize(
+    "stop", [torch.round, Tensor.detach, lambda z: (z > 1.2).float()], ids=["round", "detach", "step"]
+)
+def test_likelihood_refuses_an_edge_that_no_gradient_passes(stop: Callable[[Tensor], Tensor]) -> None:
+    """It would return its start, and that would look like privacy."""
+
+    class Stopped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return stop(torch.relu(x) * 4)
+
+    with pytest.raises(AttackError, match="no gradient"):
+        Likelihood().prepare(view_of(Stopped(), n=40), seed=0)
+
+
+def test_shadow_refuses_labels_that_the_cloud_does_not_know() -> None:
+    view = view_of(nn.AvgPool2d(4), n=80, cloud=nn.Sequential(nn.Flatten(), nn.Linear(36, 2)))
+    with pytest.raises(DataError, match=r"labels in 0\.\.1"):
+        Shadow().prepare(view, seed=0)
+
+
 def test_likelihood_starts_from_each_earlier_attack() -> None:
     edge = Wide(channels=12)
     first = view_of(edge, n=60)
@@ -330,7 +350,7 @@ def test_attacks_refuse_a_view_without_what_they_need() -> None:
         (lambda: Likelihood(l2=(-1.0,)), "l2"),
         (lambda: Likelihood(starts=("decoder",)), "start"),
         (lambda: Shadow(width=0), "width"),
-        (lambda: Shadow(statistics_weight=-1), "statistics_weight"),
+        (lambda: Shadow(statistics_weight=-1.0), "statistics_weight"),
     ],
 )
 def test_knobs_out_of_range_are_refused(make: object, what: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -251,9 +251,73 @@ def test_a_unit_of_another_experiment_or_a_damaged_one_is_run_again(
         attack = recorder()
         run(splits[:1], roles, {"recorder": attack}, folder=tmp_path, **changes)
         assert len(attack.log.views) == 1
-    (unit_folder(tmp_path, "1", "recorder") / "pictures.npz").write_bytes(b"PK damaged")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:60] + b"xxxx" + b[64:]])
+@pytest.mark.parametrize("name", ["pictures.npz", "state.safetensors", "unit.json"])
+def test_a_damaged_unit_is_run_again(
+    splits: list[Split], roles: Roles, tmp_path: Path, name: str, damage: Callable[[bytes], bytes]
+) -> None:
+    run(splits[:1], roles, {"recorder": recorder()}, folder=tmp_path)
+    path = unit_folder(tmp_path, "1", "recorder") / name
+    path.write_bytes(damage(path.read_bytes()))
     attack = recorder()
-    run(splits[:1], roles, {"recorder": attack}, folder=tmp_path, settings=replace(FAST, measures=("mse",)))
+    run(splits[:1], roles, {"recorder": attack}, folder=tmp_path)
+    assert len(attack.log.views) == 1
+
+
+def test_a_network_that_computes_something_else_is_attacked_anew(roles: Roles, tmp_path: Path) -> None:
+    """Same weights, another forward: what was found about the one says nothing about the other."""
+
+    class Net(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+            self.flatten, self.out = nn.Flatten(), nn.Linear(3 * 12 * 16, 3)
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.flatten(torch.relu(x) * self.factor))
+
+    def psnr_of(factor: float) -> list[float]:
+        halves = split(Net(factor).eval(), "flatten", torch.rand(2, *SHAPE))
+        attack = Decoder(width=64, blocks=1, epochs=1, restarts=1)
+        found = run([halves], roles, {"decoder": attack}, folder=tmp_path)
+        return [row.mean for row in found.rows if row.measure == "psnr"]
+
+    silent, open_ = psnr_of(0.0), psnr_of(1.0)
+    assert silent[1] == pytest.approx(silent[0])
+    assert open_[1] > silent[1] + 3
+
+
+def test_mended_labels_are_scored_anew(splits: list[Split], roles: Roles, tmp_path: Path) -> None:
+    run(splits[:1], roles, {"recorder": recorder()}, folder=tmp_path)
+    labels = {"kind": (roles.test.labels["kind"] + 1) % 3}
+    attack = recorder()
+    run(splits[:1], replace(roles, test=replace(roles.test, labels=labels)), {"recorder": attack}, folder=tmp_path)
+    assert len(attack.log.views) == 1
+
+
+def test_a_unit_stopped_half_way_is_no_unit(
+    splits: list[Split], roles: Roles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from louver import runs
+
+    run(splits[:1], roles, {"recorder": recorder()}, folder=tmp_path)
+    real = runs.write_json
+
+    def stop(path: Path, content: object) -> Path:
+        if path.name == "unit.json" and path.parent.name == "recorder":
+            raise KeyboardInterrupt
+        return real(path, content)
+
+    monkeypatch.setattr(runs, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(splits[:1], roles, {"recorder": recorder(level=0.2)}, folder=tmp_path)
+    monkeypatch.undo()
+    attack = recorder()
+    run(splits[:1], roles, {"recorder": attack}, folder=tmp_path)
     assert len(attack.log.views) == 1
 
 
@@ -318,6 +382,30 @@ def test_a_folder_without_whole_findings_is_refused(tmp_path: Path, content: str
         (tmp_path / "findings.json").write_text(content)
     with pytest.raises(ConfigError, match="run"):
         load_audit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("ssim@layer9<=0.5", "no cut 'layer9'"),
+        ("decodr.ssim<=0.5", "no attack 'decodr'"),
+        ("ms_ssim<=0.5", "no measure"),
+    ],
+)
+def test_a_rule_that_speaks_of_nothing_is_refused_before_any_attack_runs(
+    splits: list[Split], roles: Roles, rule: str, message: str
+) -> None:
+    attack = recorder()
+    with pytest.raises(ConfigError, match=message):
+        run(splits, roles, {"recorder": attack}, rules=[parse_rule(rule)])
+    assert attack.log.views == []
+
+
+def test_a_rule_may_name_a_cut_by_its_alias(roles: Roles) -> None:
+    halves = split(small_net(), "1", torch.rand(2, *SHAPE))
+    alias = next(iter(halves.cut.aliases), halves.cut.name)
+    found = run([halves], roles, {"recorder": recorder()}, rules=[parse_rule(f"ssim@{alias}<=0.9")])
+    assert found.verdict.checks[0].rule == "ssim@1<=0.9"
 
 
 def test_refusals_say_what_to_do(splits: list[Split], roles: Roles) -> None:

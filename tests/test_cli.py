@@ -38,6 +38,7 @@ TABLE = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toy.toml").write_text(tomli_w.dumps(TABLE))
+    (tmp_path / "mine.py").write_text("def broken():\n    raise RuntimeError('no such luck')\n")
     return tmp_path
 
 
@@ -85,6 +86,61 @@ def test_audit_ends_with_a_verdict_and_a_report(
     assert (folder / "report.html").exists()
 
 
+def test_what_was_refused_leaves_no_run_and_an_old_verdict_does_not_outlive_its_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert louver(monkeypatch, "audit", "toy.toml", "--at", "stage9") == 2
+    assert louver(monkeypatch, "audit", "toy.toml", "--threads", "1") == 1
+    from louver import audit as module
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "judge", stop)
+    assert louver(monkeypatch, "audit", "toy.toml", "--resume", "--threads", "1") == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    capsys.readouterr()
+    assert louver(monkeypatch, "report", "runs/toy") == 2
+    assert "unfinished" in capsys.readouterr().err
+
+
+def test_a_network_that_prints_does_not_spoil_json(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = "nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2)"
+    source = f"from torch import nn\ndef net():\n    print('HELLO')\n    return nn.Sequential({layers})\n"
+    (here / "loud.py").write_text(source)
+    assert louver(monkeypatch, "cuts", "loud:net", "--image", "3x8x8", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)
+    assert "HELLO" in printed.err
+
+
+def test_classes_that_differ_between_roles_are_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    for role, classes in (("test", "bc"), ("auxiliary", "abc")):
+        for k, name in enumerate(classes):
+            (here / role / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (64, 64), (40 * i, 60 * k, 90 if role == "test" else 10)).save(
+                    here / role / name / f"{i}.png"
+                )
+    data = {
+        "label": "label",
+        "test": "test",
+        "auxiliary": "auxiliary",
+        "train": "streets/0[:9]",
+        "validation": "streets/1[:9]",
+    }
+    (here / "folders.toml").write_text(tomli_w.dumps(TABLE | {"data": data}))
+    assert louver(monkeypatch, "audit", "folders.toml") == 2
+    assert "same classes in every role" in capsys.readouterr().err
+
+
 def test_fail_above_and_at_replace_what_the_file_says(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +186,12 @@ def test_data_shows_labels_and_draws_a_sheet(
         (["audit", "toy.toml", "--device", "cuda:9"], "use auto, cpu"),
         (["report", "nowhere"], "give a run folder"),
         (["data", "nowhere[:4]"], "nowhere"),
+        (["cuts", ":f"], "package.module:function"),
+        (["cuts", "mine:broken"], "RuntimeError: no such luck"),
+        (["cuts", "torchvision:vit_b_16", "--image", "3x30x30"], "cannot be built"),
+        (["cuts", "street_net", "--image", "3x99999999x8"], "at most 4096"),
+        (["audit", "toy.toml", "--device", "meta"], "computes nothing"),
+        (["audit", "toy.toml", "--out", "x" * 300], "name too long"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_two(

@@ -187,6 +187,29 @@ def test_a_rule_holds_only_if_the_whole_interval_does(rule: str, row: Row, statu
     assert verdict.warnings == ()
 
 
+def test_the_worst_of_few_images_is_never_shown_to_be_harmless():
+    rule = parse_rule("worst5(ssim)<=0.3")
+    few, enough = (dataclasses.replace(make_row(0.1, worst=0.1), n_images=n) for n in (199, 200))
+    verdict = judge([rule], [few])
+    assert verdict.checks[0].status == "not shown"
+    assert "199 images are too few" in verdict.checks[0].reason
+    assert not verdict.passed
+    assert judge([rule], [enough]).passed
+    assert judge([rule], [dataclasses.replace(few, worst=0.9, worst_high=0.95)]).checks[0].status == "broken"
+
+
+def test_a_rule_stands_on_the_attack_that_it_speaks_of():
+    rows = [
+        make_row(0.2, attack="decoder", cut="layer1"),
+        dataclasses.replace(make_row(0.1, attack="likelihood", cut="layer1"), beats_floor=False),
+    ]
+    verdict = judge([parse_rule("likelihood.ssim<=0.3")], rows)
+    assert not verdict.passed
+    assert any(warning.startswith("likelihood beats the know-nothing guess at no cut") for warning in verdict.warnings)
+    assert judge([parse_rule("decoder.ssim<=0.3")], rows).passed
+    assert judge([parse_rule("ssim<=0.3")], rows).passed
+
+
 def test_one_bad_row_among_good_ones_decides():
     rows = [
         make_row(0.1, cut="layer3"),

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from louver.attacks import Attack, Auxiliary, Inverter, MeanImage, Progress, View
 from louver.cut import Split
-from louver.errors import AttackError, ConfigError, DataError, ThreatError
+from louver.errors import AttackError, ConfigError, DataError, ThreatError, nearest
 from louver.features import ImageRows, compute_features
 from louver.measures import Measure, MeasureContext, resolve_measures
 from louver.measures.statistics import row
@@ -130,12 +130,17 @@ def audit(
     run = RunFolder(folder)
     run.save_truth(test.pixels, chosen)
     attacks = {FLOOR: MeanImage(), **attacks}
-    data_key = _digest(_content(test), _content(known[0]), _content(known[1]), str(label))
+    rules = _resolved(rules, splits, attacks, measures)
+    versions = [metadata.version(package) for package in ("louver", "torch")]
+    if settings.lpips_weights is not None:
+        versions.append(hashlib.blake2b(settings.lpips_weights.read_bytes()).hexdigest())
+    seconds_before = 0.0
+    data_key = _digest(*(_content(images, label) for images in (test, *known)), str(label))
 
     findings: list[Finding] = []
     for position, split in enumerate(splits):
         site = _Site(split, test, known, threat, settings, seed, device, folder, label)
-        model_key = _digest(*_weights(split))
+        model_key = _network(split)
         earlier: dict[str, Callable[[], Inverter]] = {}
         floor: Unit | None = None
         keys: list[str] = []
@@ -144,6 +149,7 @@ def audit(
             keys.append(
                 _digest(
                     str(_SCHEME),
+                    *versions,
                     model_key,
                     data_key,
                     split.cut.name,
@@ -169,6 +175,8 @@ def audit(
             if unit is None:
                 unit = site.run(attack_name, attack, earlier, measures, context, n_images, told)
                 run.save_unit(split.cut.name, attack_name, keys[-1], unit)
+            else:
+                seconds_before += unit.seconds
             told("done", 1.0)
             floor = floor or unit
             if attack_name != FLOOR:
@@ -202,7 +210,7 @@ def audit(
         utility=_utility(task, victim, roles.test, device),
         config=config or {},
         environment=_environment(device),
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - started + seconds_before,
     )
     run.save_audit(result)
     return result
@@ -230,6 +238,22 @@ def _check_grants(attacks: Mapping[str, Attack], threat: Threat) -> None:
             )
 
 
+def _resolved(
+    rules: Sequence[Rule], splits: Sequence[Split], attacks: Mapping[str, Attack], measures: Sequence[Measure]
+) -> list[Rule]:
+    """The rules with cuts by their own names; one that speaks of nothing is refused before hours are spent."""
+    names = {alias: split.cut.name for split in splits for alias in (split.cut.name, *split.cut.aliases)}
+    for rule in rules:
+        for what, said, legal in (
+            ("attack", rule.attack, sorted(set(attacks) - {FLOOR})),
+            ("measure", rule.measure, [measure.name for measure in measures]),
+            ("cut", rule.cut, list(names)),
+        ):
+            if said is not None and said not in legal:
+                raise ConfigError(f"threshold {rule}: no {what} {said!r} in this audit; {nearest(said, legal)}")
+    return [rule if rule.cut is None else replace(rule, cut=names[rule.cut]) for rule in rules]
+
+
 def _choose(available: int, wanted: int, seed: int) -> NDArray[np.int64]:
     """Indices of the test images that are scored: a random draw, so that the first k of them are one too."""
     if available < 2:
@@ -239,7 +263,8 @@ def _choose(available: int, wanted: int, seed: int) -> NDArray[np.int64]:
 
 def _known_images(auxiliary: Images, threat: Threat, settings: Settings, seed: int) -> tuple[Images, Images]:
     """What the attacker owns, parted into images to fit on and images to choose on."""
-    limits = [threat.n_auxiliary, None if "edge" in threat.grants else threat.query_budget]
+    asks = "query" in threat.grants and "edge" not in threat.grants
+    limits = [threat.n_auxiliary, threat.query_budget if asks else None]
     mirrored = 2 if settings.mirror_auxiliary else 1
     limits[1] = None if limits[1] is None else limits[1] // mirrored
     count = min([len(auxiliary), *(limit for limit in limits if limit is not None)])
@@ -377,15 +402,22 @@ def _described(thing: Any) -> str:  # noqa: ANN401 - any frozen dataclass
     return json.dumps([type(thing).__name__, asdict(thing)], sort_keys=True, default=plain)
 
 
-def _content(images: Images) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(images.pixels).data).digest()
+def _content(images: Images, label: str | None) -> str:
+    """A digest of pictures and of the labels that the audit uses."""
+    arrays = [images.pixels, *([images.labels[label]] if label is not None and label in images.labels else [])]
+    parts = [(str(a.dtype), str(a.shape), hashlib.blake2b(np.ascontiguousarray(a).data).digest()) for a in arrays]
+    return _digest(*(part for parts_of_one in parts for part in parts_of_one))
 
 
-def _weights(split: Split) -> list[bytes]:
-    return [
-        hashlib.blake2b(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
-        for tensor in split.state_dict().values()
-    ]
+def _network(split: Split) -> str:
+    """A digest of both halves: what they compute, step by step, and every number that they compute with."""
+    parts: list[str | bytes] = []
+    for half in (split.edge, split.cloud):
+        parts += [str(half), str(getattr(half, "graph", ""))]
+        for name, tensor in (*half.named_parameters(), *half.named_buffers()):
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            parts += [name, str(tensor.dtype), str(tuple(tensor.shape)), hashlib.blake2b(content.data).digest()]
+    return _digest(*parts)
 
 
 def _digest(*parts: str | bytes) -> str:

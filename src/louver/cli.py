@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +39,7 @@ _LAB = ("jaxtyping", "jinja2", "PIL", "pyarrow", "pydantic", "safetensors", "tim
 
 _INTERRUPTED = 130
 _LOG_EVERY_S = 15.0
+_LARGEST_SIDE = 4096
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
@@ -61,6 +62,9 @@ def main() -> None:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:  # without a command typer prints the help, and has no more to say
             errors.print(f"error: {message}", style="bold red", markup=False, highlight=False)
+        code = 2
+    except OSError as error:
+        errors.print(f"error: {error.filename}: {error.strerror}", style="bold red", markup=False, highlight=False)
         code = 2
     if code == _INTERRUPTED:  # typer may have caught the interruption first, and left only its code
         errors.print("interrupted; what was finished is kept: run the same command with --resume", markup=False)
@@ -101,7 +105,10 @@ def cuts(
         from louver.models import load_model
     _set_threads(threads)
     shape = _image_shape(image) if image is not None else _natural_shape(model)
-    network = load_model(model, n_classes=classes or _default_classes(model), image_shape=shape)
+    with redirect_stdout(sys.stderr):
+        network = load_model(
+            model, n_classes=classes if classes is not None else _default_classes(model), image_shape=shape
+        )
     example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     found = find_cuts(network, example)
     if latency:
@@ -223,7 +230,8 @@ def _run(
         from louver.runs import panels, to_json
     _set_threads(threads)
     chosen = _device(device)
-    with _progress() as tell:
+    # A user's network may print; standard output is for results.
+    with _progress() as tell, redirect_stdout(sys.stderr):
         found = run_experiment(experiment, folder, device=chosen, progress=tell)
         path = write_report(found, panels(folder, found), folder / "report.html")
     if as_json:
@@ -269,6 +277,8 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 def _device(name: str) -> str:
     import torch
 
+    if name.startswith("meta"):
+        raise ConfigError("--device meta computes nothing; use auto, cpu or a device of this machine")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -292,6 +302,8 @@ def _image_shape(text: str) -> tuple[int, int, int]:
     if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"--image {text}: expected channels x height x width, such as 3x32x32")
     channels, height, width = map(int, parts)
+    if max(channels, height, width) > _LARGEST_SIDE:
+        raise ConfigError(f"--image {text}: expected sides of at most {_LARGEST_SIDE}")
     return channels, height, width
 
 

@@ -6,6 +6,8 @@ A file describes one run whole; `read_experiment` refuses what it does not know,
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import tomllib
 import types
 import typing
@@ -167,8 +169,15 @@ def _experiment(table: dict[str, Any], path: Path) -> Experiment:
             f"{path}: model {model.name} has no weights and no [training] table; features of random weights say "
             "nothing about a network in use"
         )
+    name, seed = _value(str, table["name"], f"{path}, name"), _value(int, table.get("seed", 0), f"{path}, seed")
+    if not re.fullmatch(r"\w[\w .+-]*", name):
+        raise ConfigError(
+            f"{path}: expected a name of letters, digits, spaces and . + - _, got {name!r}; it names a folder"
+        )
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"{path}: expected a seed of 0 or more and below 2**63, got {seed}")
     return Experiment(
-        name=_value(str, table["name"], f"{path}, name"),
+        name=name,
         model=model,
         data=data,
         audit=_section(AuditOptions, table, "audit", path),
@@ -176,7 +185,7 @@ def _experiment(table: dict[str, Any], path: Path) -> Experiment:
         threat=_section(Threat, table, "threat", path) if "threat" in table else Threat(),
         training=None if training is None else _section(Training, table, "training", path),
         thresholds=rules,
-        seed=_value(int, table.get("seed", 0), f"{path}, seed"),
+        seed=seed,
         table=table,
     )
 
@@ -230,7 +239,8 @@ def _refuse_unknown(table: Mapping[str, Any], legal: list[str], where: str) -> N
 
 def _value(kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - whatever `kind` describes
     try:
-        return pydantic.TypeAdapter(kind).validate_python(value)
+        # As JSON and strict: a list is a tuple there, but "3" is no number and true is no count.
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

@@ -16,6 +16,7 @@ from louver.cut import Split, cuts, split
 from louver.data import assign_roles, drop_overlap, load_images
 from louver.errors import ConfigError, DataError
 from louver.models import load_model, save_weights
+from louver.runs import RunFolder
 from louver.storage import write_bytes
 from louver.tasks import Classification
 from louver.thresholds import parse_rule
@@ -37,15 +38,16 @@ def run_experiment(
     Raises:
         LouverError: whatever any step refuses; what was finished is kept.
     """
-    write_bytes(folder / "config.toml", experiment.to_toml().encode())
     if progress is not None:
         progress("reading images", 0.0)
     roles, notes = load_roles(experiment)
     task = _task(experiment, roles)
     model = _victim(experiment, roles, task, folder, device, progress)
+    splits = _splits(experiment, model, torch.from_numpy(roles.test.floats(slice(0, 2))))
+    # Only now is the folder a run's: what was refused before leaves none behind.
+    RunFolder(folder).forget_audit()
+    write_bytes(folder / "config.toml", experiment.to_toml().encode())
     save_weights(model, folder / "model.safetensors")
-    example = torch.from_numpy(roles.test.floats(slice(0, 2)))
-    splits = _splits(experiment, model, example)
     options = experiment.audit
     return audit(
         splits,
@@ -66,7 +68,7 @@ def run_experiment(
         ),
         seed=experiment.seed,
         name=experiment.name,
-        notes=notes,
+        notes=[*notes, *_weakened(experiment)],
         config=experiment.table,
         folder=folder,
         device=device,
@@ -86,6 +88,7 @@ def load_roles(experiment: Experiment) -> tuple[Roles, list[str]]:
     assert auxiliary is not None
     nothing = test.take(slice(0, 0))
     train, validation = load(options.train) or nothing, load(options.validation) or nothing
+    _check_classes(options.label, [train, validation, test, auxiliary])
     if options.on_overlap == "error":
         return assign_roles(train=train, validation=validation, test=test, auxiliary=auxiliary), []
     roles, dropped = drop_overlap(train=train, validation=validation, test=test, auxiliary=auxiliary)
@@ -95,6 +98,38 @@ def load_roles(experiment: Experiment) -> tuple[Roles, list[str]]:
         if count
     ]
     return roles, notes
+
+
+def _check_classes(label: str | None, roles: list[Images]) -> None:
+    """A class must have the same number in every role; folders number theirs each for itself."""
+    named = [images for images in roles if len(images) and label in images.classes]
+    for images in named[1:]:
+        if images.classes[label or ""] != named[0].classes[label or ""]:
+            raise DataError(
+                f"label {label!r}: expected the same classes in every role, got {images.classes[label or '']} in "
+                f"{images.name} and {named[0].classes[label or '']} in {named[0].name}; give every folder the same "
+                "subfolders, since classes are numbered by them"
+            )
+
+
+_STRENGTH = ("blocks", "epochs", "n_sweep", "restarts", "steps", "sweep_steps", "trial_steps", "width")
+
+
+def _weakened(experiment: Experiment) -> list[str]:
+    """A note for each attack whose knobs are below their defaults: what it failed to rebuild, a stronger one may."""
+    notes = []
+    for name, entry in experiment.attacks.items():
+        default = type(entry.attack)()
+        weaker = [
+            f"{knob} {getattr(entry.attack, knob)} (default {getattr(default, knob)})"
+            for knob in _STRENGTH
+            if hasattr(default, knob) and getattr(entry.attack, knob) < getattr(default, knob)
+        ]
+        if weaker:
+            notes.append(
+                f"{name} ran below its default strength: {', '.join(weaker)}. At full strength it may rebuild more."
+            )
+    return notes
 
 
 def _task(experiment: Experiment, roles: Roles) -> Classification | None:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from louver.errors import ConfigError, WeightsError, nearest
+from louver.errors import ConfigError, LouverError, WeightsError, nearest
 from louver.networks import CifarResNet, StreetNet
 from louver.weights import fit_weights, read_weights, save_weights, weights_file
 
@@ -127,8 +127,18 @@ def load_model(
     is_pretrained = weights == "pretrained"
     if is_pretrained and source not in ("torchvision", "timm"):
         raise WeightsError(f'{name}: weights="pretrained" is for torchvision and timm networks; give a file instead')
+    request = Request(n_classes=n_classes, image_shape=image_shape, is_pretrained=is_pretrained)
     with _seeded(seed):
-        built = builder(Request(n_classes=n_classes, image_shape=image_shape, is_pretrained=is_pretrained))
+        try:
+            built = builder(request)
+        except LouverError:
+            raise
+        # A builder is the user's code or a library's: it may raise anything.
+        except Exception as error:
+            raise ConfigError(
+                f"{name}: the network cannot be built for n_classes {n_classes} and images {image_shape}: "
+                f"{type(error).__name__}: {error}; try another size, or mend the function"
+            ) from error
     default_mean, default_std = built.mean, built.std
     if image_shape is not None and len(default_mean) not in (1, image_shape[0]):
         default_mean, default_std = (0.0,), (1.0,)
@@ -152,6 +162,8 @@ def _builder(name: str) -> tuple[str, Callable[[Request], Built]]:
         ConfigError: nothing has this name.
     """
     prefix, _, rest = name.partition(":")
+    if rest and not prefix:
+        raise ConfigError(f"{name!r} names no module; your own network: package.module:function")
     if name in OWN:
         return "own", lambda request: _build_own(name, request)
     if prefix == "torchvision" or (not rest and name in _torchvision_names()):

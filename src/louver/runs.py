@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +36,18 @@ __all__ = ["RunFolder", "Unit", "load_audit", "panels", "to_json"]
 
 _COLUMNS = 6
 """Pictures in a strip: as many as a page shows at twice their size."""
+
+_DAMAGED = (
+    EOFError,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+    safetensors.SafetensorError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading a file that was cut short or changed can raise."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,14 @@ class RunFolder:
             record = json.loads((folder / "unit.json").read_text())
             if record["key"] != key:
                 return None
-            with np.load(folder / "pictures.npz", allow_pickle=False) as arrays:
-                pictures = arrays["images"]
+            pictures = _arrays(folder / "pictures.npz")["images"]
             return Unit(
                 values={name: np.array(values, np.float64) for name, values in record["values"].items()},
                 pictures=pictures,
                 state=safetensors.torch.load_file(folder / "state.safetensors"),
                 seconds=record["seconds"],
             )
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError):
+        except _DAMAGED:
             # Damaged is as good as absent: the unit is run again, which costs time and never a wrong number.
             return None
 
@@ -85,15 +98,29 @@ class RunFolder:
         if self._folder is None:
             return
         folder = unit_folder(self._folder, cut, attack)
+        # Stopped half way, new pictures must not stand beside the scores of an older run.
+        (folder / "unit.json").unlink(missing_ok=True)
         write_npz(folder / "pictures.npz", {"images": unit.pictures})
         write_bytes(folder / "state.safetensors", safetensors.torch.save(dict(unit.state)))
         record = {"key": key, "seconds": unit.seconds, "values": {k: v.tolist() for k, v in unit.values.items()}}
         write_json(folder / "unit.json", record)
 
+    def forget_audit(self) -> None:
+        """Takes away findings and report of an earlier run: they must not be read as those of the one that begins."""
+        if self._folder is not None:
+            for name in ("findings.json", "report.html"):
+                (self._folder / name).unlink(missing_ok=True)
+
     def save_audit(self, audit: Audit) -> None:
         """Keeps the whole audit."""
         if self._folder is not None:
             write_json(self._folder / "findings.json", to_json(audit))
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    # Opened here: numpy leaves a file open that it cannot read.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def unit_folder(folder: Path, cut: str, attack: str) -> Path:
@@ -190,10 +217,10 @@ def panels(folder: Path, audit: Audit) -> list[Panel]:
         ConfigError: the run folder lacks its pictures.
     """
     try:
-        with np.load(folder / "truth.npz", allow_pickle=False) as arrays:
-            truth, index = arrays["images"], arrays["index"]
+        arrays = _arrays(folder / "truth.npz")
+        truth, index = arrays["images"], arrays["index"]
         strips = [strip for cut in audit.cuts for strip in _strips(folder, audit, cut.name, truth, index)]
-    except (OSError, ValueError, KeyError) as error:
+    except _DAMAGED as error:
         raise ConfigError(f"{folder} lacks pictures of its run ({error}); run the audit again with --resume") from error
     return strips
 
@@ -211,9 +238,7 @@ def _strips(
     order = np.argsort(-sign * strongest.per_image[:count], kind="stable")
     pictures = {}
     for finding in scored:
-        path = unit_folder(folder, cut, finding.attack) / "pictures.npz"
-        with np.load(path, allow_pickle=False) as arrays:
-            pictures[finding.attack] = arrays["images"]
+        pictures[finding.attack] = _arrays(unit_folder(folder, cut, finding.attack) / "pictures.npz")["images"]
     columns = min(_COLUMNS, count)
     worst = order[:columns]
     spread = order[np.linspace(0, count - 1, columns).round().astype(int)][::-1]

@@ -40,6 +40,10 @@ _SEEN_TO_WORK = ("ssim", "psnr", "mse")
 """An attack works somewhere if it beats the floor by one of these."""
 
 
+ENOUGH_FOR_WORST = 200
+"""Test images below which the interval of the worst 5 % is too narrow to trust: it covers the truth too seldom."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """One limit. `attack` and `cut` are None where it holds for all of them.
@@ -149,8 +153,9 @@ def judge(rules: Sequence[Rule], rows: Sequence[Row]) -> Verdict:
 
     A rule is "broken" where the figure itself is beyond its limit in any row that it speaks of, "not shown" where only
     the interval reaches across, and "holds" where every interval stays within. The verdict passes if all rules hold
-    and the attacks are seen to work: somewhere, one of them beats the floor by SSIM, PSNR or MSE. Attacks that work
-    nowhere say nothing about privacy.
+    and the attacks are seen to work: each rule speaks of at least one that beats the floor somewhere by SSIM, PSNR or
+    MSE. Attacks that work nowhere say nothing about privacy. A limit on the worst 5 % cannot be shown to hold on fewer
+    than `ENOUGH_FOR_WORST` images: no resample holds worse images than those that were drawn.
 
     Without rules nothing is judged: there are no checks, a warning and the headline say so, and `passed` is true only
     in the sense that no threshold failed, which is what an exit code can tell.
@@ -168,8 +173,18 @@ def judge(rules: Sequence[Rule], rows: Sequence[Row]) -> Verdict:
     checks = tuple(each.check for each in judged)
 
     warnings = []
-    has_worked = any(row.beats_floor for row in rows if row.measure in _SEEN_TO_WORK)
-    if not has_worked:
+    attacks = list(dict.fromkeys(row.attack for row in rows))
+    working = {row.attack for row in rows if row.beats_floor and row.measure in _SEEN_TO_WORK}
+    # A rule on one attack stands on that attack: that another works says nothing of it.
+    has_worked = bool(working) and all(
+        any(row.attack in working for row in rows if rule.matches(row)) for rule in rules
+    )
+    warnings += [
+        f"{attack} beats the know-nothing guess at no cut: it was not seen to work, and its figures show no privacy."
+        for attack in attacks
+        if working and attack not in working
+    ]
+    if not working:
         warnings.append(
             "The attacks were not seen to work: none beats the know-nothing guess by SSIM, PSNR or MSE at any cut. "
             "Add a cut near the input, where they must succeed, before reading this as privacy."
@@ -230,6 +245,12 @@ def _judge_rule(rule: Rule, rows: Sequence[Row]) -> _Judged:
     decisive = max(matching, key=rank)
     figure, end = beyond(decisive)
     status: Literal["holds", "broken", "not shown"] = "broken" if figure > 0 else "not shown" if end > 0 else "holds"
+    if status == "holds" and rule.statistic == "worst5":
+        few = min(row.n_images for row in matching)
+        if few < ENOUGH_FOR_WORST:
+            reason = f"{few} images are too few to know the worst 5 % ({ENOUGH_FOR_WORST} are needed): "
+            check = Check(rule=str(rule), status="not shown", reason=reason + _sentence(decisive, rule.statistic))
+            return _Judged(rule=rule, check=check, row=decisive)
     where = {
         "broken": "",
         "not shown": "the interval reaches across the limit: ",

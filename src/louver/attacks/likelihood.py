@@ -27,6 +27,9 @@ _SLOWER = 0.4
 _SLOWEST = 0.02
 """An image whose objective stalls takes steps of 0.4 of the size, and is done below 0.02 of the first."""
 
+_SOLVED = 1e-10
+"""A misfit below this, in units of the features' variance, leaves nothing to search for."""
+
 _ENOUGH = 2048
 """Auxiliary images that fix a mean and a deviation well."""
 
@@ -150,6 +153,20 @@ def frozen(edge: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
         expected, got, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
     )
     return folded if is_same else copied
+
+
+def _check_gradient(misfit: Tensor, x: Tensor) -> None:
+    """Refuses an edge that no gradient passes: the search would return its start, and that would look like privacy."""
+    if float(misfit.detach().max()) < _SOLVED:
+        return
+    found = (
+        torch.autograd.grad(misfit.sum(), x, retain_graph=True, allow_unused=True) if misfit.requires_grad else (None,)
+    )
+    if found[0] is None or not bool(found[0].any()):
+        raise AttackError(
+            "Likelihood: no gradient comes through the edge (detached, rounded or constant around every start), so the "
+            "search cannot move; use the decoder at this cut: a search that stands still is not a defense"
+        )
 
 
 def total_variation(x: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
@@ -284,6 +301,8 @@ class _Search:
                 found = self._edge(x)
             misfit = (found.float() * scale - target).square().flatten(1).mean(1)
             objective = misfit + tv * total_variation(x) + l2 * (x - anchor).square().mean((1, 2, 3))
+            if step == 1:
+                _check_gradient(misfit, x)
             (gradient,) = torch.autograd.grad(objective.sum(), x)
             with torch.no_grad():
                 value = objective.detach()

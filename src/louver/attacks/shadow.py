@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from louver.attacks.base import Auxiliary, Inverter, Progress, View
 from louver.attacks.decoder import Decoder
 from louver.attacks.linear import feature_statistics, standardization
-from louver.errors import AttackError, ConfigError, ThreatError
+from louver.errors import AttackError, ConfigError, DataError, ThreatError
 
 __all__ = ["Shadow"]
 
@@ -106,6 +106,11 @@ class Shadow:
                     labels = train.labels[torch.from_numpy(index)].to(view.device)
                     statistics.clear()
                     outputs = cloud(substitute(images))
+                    if outputs.ndim != 2 or int(labels.max()) >= outputs.shape[1] or int(labels.min()) < 0:
+                        raise DataError(
+                            f"Shadow: expected labels in 0..{outputs.shape[-1] - 1}, the classes of the cloud half, "
+                            f"got {int(labels.min())}..{int(labels.max())}; name the column it was trained on"
+                        )
                     loss = F.cross_entropy(outputs, labels) + self.statistics_weight * statistics.mismatch()
                     if not bool(loss.isfinite()):
                         raise AttackError(f"Shadow: the substitute diverged in epoch {epoch + 1}; lower learning_rate")
