@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from common import record
 from louver.attacks import Auxiliary, Decoder, Likelihood, View
-from louver.attacks import decoder as decoder_module
 from louver.attacks.decoder import _build, _loss, _Network, _Run, _start
 from louver.attacks.likelihood import total_variation
 from louver.attacks.linear import feature_statistics
 from louver.cut import Split, split
 from louver.data import load_images
+from louver.devices import has_fast_bfloat16
 from louver.features import ImageRows, compute_features
 from louver.measures import psnr
 from louver.models import load_model
@@ -140,7 +140,7 @@ def main() -> None:
         return one_pass
 
     plain_network = network().to(memory_format=torch.contiguous_format)
-    is_half = decoder_module.has_fast_bfloat16(torch.device("cpu"))
+    is_half = has_fast_bfloat16(torch.device("cpu"))
     ours_training = ours_pass(is_half=is_half, is_channels_last=True)
     outcome: dict[str, Tensor] = {}
 

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from louver.devices import has_fast_bfloat16
 from louver.errors import ConfigError, DataError, WeightsError, nearest
 from louver.storage import write_bytes
 from louver.tasks import Task
@@ -235,14 +236,7 @@ def _offsets(n: int, shift: int, generator: torch.Generator) -> Int[Tensor, "n 1
 
 
 def _is_bfloat16(precision: str, device: torch.device) -> bool:
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        is_supported: bool = torch.cuda.is_bf16_supported()
-        return is_supported
-    # With AMX a convolution step takes about half the time; without it bfloat16 on a CPU is slower than float32.
-    is_amx: bool = torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and is_amx
+    return has_fast_bfloat16(device) if precision == "auto" else precision == "bfloat16"
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -26,6 +26,7 @@ from louver.attacks.linear import (
     to_grid,
 )
 from louver.attacks.mean_image import Constant, mean_image
+from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError
 from louver.measures.image import SSIM_MIN_SIDE, ssim
 
@@ -442,10 +443,3 @@ def _loss(kind: str, guess: Tensor, truth: Tensor) -> Tensor:
     # Beyond the range SSIM has no gradient; the excess brings such pixels back.
     dissimilarity = 1 - ssim(truth, inside).mean() + (guess - inside).square().mean()
     return dissimilarity if kind == "ssim" else squared + 0.02 * dissimilarity
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 convolutions are faster than float32 here: measured on CPUs with AMX, and on Ampere or newer."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from louver.attacks.base import Auxiliary, Inverter, Progress, View
-from louver.attacks.decoder import has_fast_bfloat16
 from louver.attacks.linear import feature_statistics
 from louver.attacks.mean_image import Constant, mean_image
+from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError
 
 __all__ = ["Likelihood"]
