@@ -397,7 +397,7 @@ class _Run:
             self._keep(error)
 
     def _judge(self) -> float:
-        """Validation error of the averaged weights, in float32 as the attack will run."""
+        """Validation error of the averaged weights, in the precision of training."""
         assert self._validation.features is not None
         own = {name: p.detach().clone() for name, p in self._network.named_parameters()}
         self._load(self._average)
@@ -406,7 +406,8 @@ class _Run:
         with torch.no_grad():
             for start in range(0, len(self._validation.images), self._batch_size):
                 index: NDArray[np.int64] = np.arange(start, min(start + self._batch_size, len(self._validation.images)))
-                guess = self._network(self._validation.features.rows(index).to(self._device)).clamp(0, 1)
+                features = self._validation.features.rows(index).to(self._device)
+                guess = self._network(features, is_half_precision=self._is_half).clamp(0, 1)
                 truth = self._validation.images.rows(index).to(self._device)
                 total += float(_loss(self._attack.loss, guess, truth)) * len(index)
                 count += len(index)
