@@ -267,10 +267,12 @@ def fit_flat(
     few = torch.linspace(0, pixels - 1, min(pixels, _FLAT_TRIAL_PIXELS)).long()
     known = torch.cat([validation.images.rows(i).flatten(1)[:, few] for i in batches(len(validation.images), pixels)])
 
+    validation_features = validation.features
+
     def trial_error(ridge: float) -> float:
         weight, total, start = solve(ridge, few), 0.0, 0
         for index in feature_batches(validation):
-            centered = ((validation.features.rows(index) - mean) * scale).flatten(1) - middle
+            centered = ((validation_features.rows(index) - mean) * scale).flatten(1) - middle
             guess = (centered @ weight.T + center[few]).clamp(0, 1)
             total += float((guess - known[start : start + len(index)]).square().double().sum())
             start += len(index)
