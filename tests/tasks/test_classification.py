@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from louver.cut import split
 from louver.errors import ConfigError, DataError
-from louver.tasks import Classification
+from louver.tasks import Classification, Criterion, Task
 from louver.types import Images
 
 
@@ -35,6 +36,11 @@ class Broken(nn.Module):
         return torch.full((len(x), 3), math.nan)
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return torch.zeros(2 * len(x), 3)
+
+
 TASK = Classification("body", 3)
 
 
@@ -55,9 +61,28 @@ def test_evaluation_leaves_modes_as_they_were():
 def test_loss_is_the_cross_entropy_by_hand():
     outputs = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
     targets = torch.tensor([0, 1])
+    criterion = TASK.criterion(outputs, targets, seed=0)
     rows = [math.log(sum(math.exp(v) for v in row)) - row[t] for row, t in zip(outputs.tolist(), [0, 1], strict=True)]
-    assert TASK.loss(outputs, targets).item() == pytest.approx(sum(rows) / 2, abs=1e-6)
-    assert TASK.loss(outputs, targets, label_smoothing=0.3).item() != pytest.approx(sum(rows) / 2, abs=1e-3)
+    assert criterion(outputs, targets).item() == pytest.approx(sum(rows) / 2, abs=1e-6)
+    assert criterion(outputs, targets, label_smoothing=0.3).item() != pytest.approx(sum(rows) / 2, abs=1e-3)
+    assert isinstance(TASK, Task)
+    assert isinstance(criterion, Criterion)
+    assert not list(criterion.parameters())
+
+
+@pytest.mark.parametrize(("n", "batch_size", "sizes"), [(7, 3, [4, 3]), (7, 16, [7]), (11, 4, [4, 4, 3])])
+def test_batches_hold_each_image_once_and_are_even(n, batch_size, sizes):
+    batches = TASK.batches(torch.zeros(n), batch_size, torch.Generator().manual_seed(1))
+    assert [len(batch) for batch in batches] == sizes
+    order = torch.cat(batches).tolist()
+    assert sorted(order) == list(range(n))
+    assert order == torch.randperm(n, generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def test_a_split_is_judged_like_the_network_it_was():
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 6 * 8, 3)).eval()
+    halves = split(network, "1", torch.rand(2, 3, 8, 10))
+    assert TASK.evaluate(halves, images(), batch_size=3) == TASK.evaluate(network, images())
 
 
 def test_what_does_not_fit_the_task_is_refused():
@@ -73,3 +98,10 @@ def test_what_does_not_fit_the_task_is_refused():
         TASK.evaluate(Reader(n_classes=4), images())
     with pytest.raises(DataError, match="NaN or infinity"):
         TASK.evaluate(Broken(), images())
+    with pytest.raises(ConfigError, match=r"expected one row an image .* 14 rows for 7"):
+        TASK.evaluate(Doubled(), images())
+    with pytest.raises(ConfigError, match=r"got \(7, 4\)"):
+        TASK.criterion(torch.zeros(7, 4), torch.zeros(7).long(), seed=0)
+    criterion = TASK.criterion(torch.zeros(7, 3), torch.zeros(7).long(), seed=0)
+    with pytest.raises(ConfigError, match="got list"):
+        criterion([torch.zeros(7, 3)], torch.zeros(7).long())
