@@ -13,6 +13,19 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.vgg import cfgs, make_layers
 
 from louver.attacks import Attack, Decoder, Likelihood, MeanImage, Shadow
+from louver.defenses import (
+    PATROL,
+    AddedNoise,
+    AdversarialTraining,
+    Bottleneck,
+    Defense,
+    FeatureDropout,
+    Hybrid,
+    NoDefense,
+    NoPeek,
+    PrivyNet,
+    SiftFunnel,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,4 +189,29 @@ ATTACKS = [
     AttackCase(name="decoder", attack=Decoder(width=64, blocks=1, epochs=4, trial_steps=5, restarts=2)),
     AttackCase(name="likelihood", attack=Likelihood(steps=150, sweep_steps=60, n_sweep=4)),
     AttackCase(name="shadow", attack=Shadow(epochs=2, decoder=Decoder(width=64, blocks=1, epochs=2, restarts=1))),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseCase:
+    """A defense with knobs that fit stage 2 of the small street network."""
+
+    name: str
+    defense: Defense
+
+
+DEFENSES = [
+    DefenseCase(name="none", defense=NoDefense()),
+    DefenseCase(name="noise", defense=AddedNoise(std=0.5)),
+    DefenseCase(name="laplace", defense=AddedNoise(std=0.5, kind="laplace")),
+    DefenseCase(name="dropout", defense=FeatureDropout(rate=0.4)),
+    DefenseCase(name="nopeek", defense=NoPeek(weight=1.0)),
+    DefenseCase(name="adversarial", defense=AdversarialTraining(weight=0.5, width=16)),
+    DefenseCase(name="bottleneck", defense=Bottleneck(channels=5)),
+    DefenseCase(name="patrol", defense=PATROL(target_share=0.6, adversary_width=16)),
+    DefenseCase(name="siftfunnel", defense=SiftFunnel(channels=6)),
+    DefenseCase(name="privynet", defense=PrivyNet(n_channels=6, secret_seed=5)),
+    DefenseCase(name="privynet-random", defense=PrivyNet(n_channels=6, choice="random", secret_seed=6)),
+    DefenseCase(name="siamese", defense=Hybrid(embedding="siamese")),
+    DefenseCase(name="hybrid", defense=Hybrid(embedding="advanced", components=9, noise_std=0.1)),
 ]

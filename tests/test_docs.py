@@ -22,7 +22,17 @@ import louver
 from louver.attacks import MeanImage
 from louver.audit import FLOOR
 from louver.cli import app, main
-from louver.config import ATTACKS, AuditOptions, DataOptions, Experiment, ModelOptions, read_experiment
+from louver.config import (
+    ATTACKS,
+    TASKS,
+    AuditOptions,
+    DataOptions,
+    Experiment,
+    ModelOptions,
+    ProbeOptions,
+    read_experiment,
+)
+from louver.defenses import DEFENSES
 from louver.measures import MEASURES, resolve_measures
 from louver.training import Training
 from louver.types import GRANTS, Threat
@@ -142,7 +152,7 @@ def test_reading_a_command_refuses_what_is_wrong():
     with pytest.raises(TyperException, match="No such option"):
         parse("louver audit file.toml --no-such-option 3")
     with pytest.raises(AssertionError, match="no such command"):
-        parse("louver harden file.toml")
+        parse("louver pray file.toml")
 
 
 @pytest.mark.parametrize("block", named("console"))
@@ -250,6 +260,22 @@ def test_every_key_of_an_experiment_file_is_documented_with_its_default(heading)
         del fields["table"]  # the file as read, and no key of it
     if SECTIONS[heading] in ATTACKS.values():
         assert told.pop("test_images") == "none"
+    assert sorted(told) == sorted(fields)
+    assert [name for name, cell in told.items() if not agrees(cell, fields[name])] == []
+
+
+KINDS = {
+    "## `[probes]`": ProbeOptions,
+    **{f"## Task `{name}`": kind for name, kind in TASKS.items()},
+    **{f"## Defense `{name}`": kind for name, kind in DEFENSES.items()},
+}
+
+
+@pytest.mark.parametrize("heading", KINDS)
+def test_every_knob_of_hardening_is_documented_with_its_default(heading):
+    rows = tables_in(ROOT / "docs/hardening.md", heading)
+    told = {row[0].strip("`"): row[1] for row in rows if row[0].startswith("`") and len(row) == 3}
+    fields = {field.name: field for field in dataclasses.fields(KINDS[heading])}
     assert sorted(told) == sorted(fields)
     assert [name for name, cell in told.items() if not agrees(cell, fields[name])] == []
 

@@ -13,10 +13,11 @@ import louver
 from louver.errors import MissingExtraError
 
 PUBLIC = """
-    MEASURES Audit Classification Cost Cut Decoder Finding Images Likelihood LouverError MeanImage Panel Roles Row
-    Settings Shadow Split Threat Training Verdict assign_roles contact_sheet cuts drop_overlap fit judge load_audit
-    load_images load_model measure_latency mse panels parse_rule psnr read_experiment run_audit run_experiment
-    save_weights split ssim streets write_report
+    MEASURES PATROL AddedNoise Attributes Audit Classification Cost Cut Decoder Defense Finding Hybrid Images
+    Likelihood LouverError MeanImage NoDefense NoPeek Origin Panel PrivyNet ReIdentification Roles Row Settings
+    Shadow SiftFunnel Split Threat Training Verdict assign_roles contact_sheet cuts drop_overlap fit harden judge
+    load_audit load_images load_model load_split measure_latency mse panels parse_rule psnr read_experiment
+    run_audit run_experiment save_split save_weights split ssim streets write_report
 """
 
 BLOCKED = """

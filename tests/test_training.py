@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from louver.errors import ConfigError, DataError, StorageError, WeightsError
-from louver.tasks import Classification
+from louver.tasks import Classification, Criterion
 from louver.training import Training, _augmented, _rate, fit
 from louver.types import Images
 
@@ -134,16 +134,35 @@ class BreaksAt(Classification):
 
     calls = 0
 
-    def loss(self, outputs, targets, *, label_smoothing=0.0):
+    def criterion(self, outputs, targets, *, seed):
+        inner = super().criterion(outputs, targets, seed=seed)
+
+        class Breaking(Criterion):
+            def forward(self, outputs, targets, *, label_smoothing=0.0):
+                BreaksAt.calls += 1
+                loss = inner(outputs, targets, label_smoothing=label_smoothing)
+                return loss * math.nan if BreaksAt.calls > 2 * 5 else loss
+
+        return Breaking()
+
+
+class Breaking(Criterion):
+    def __init__(self, sound):
+        super().__init__()
+        self.sound = sound
+
+    def forward(self, outputs, targets, *, label_smoothing=0.0):
         BreaksAt.calls += 1
-        loss = super().loss(outputs, targets, label_smoothing=label_smoothing)
+        loss = self.sound(outputs, targets, label_smoothing=label_smoothing)
         return loss * math.nan if BreaksAt.calls > 2 * 5 else loss
 
 
 def test_a_loss_of_nan_names_the_epoch_and_keeps_the_last_good(tmp_path):
     path = tmp_path / "run.safetensors"
     BreaksAt.calls = 0
-    with pytest.raises(ConfigError, match=r"broke in epoch 3 of 4: the loss is nan; lower lr .* holds epoch 2"):
+    with pytest.raises(
+        ConfigError, match=r"broke in epoch 3 of 4: the loss is nan, through 'task'; lower lr .* holds epoch 2"
+    ):
         fit(Small(), BreaksAt("side", 3), TRAIN, VALIDATION, config=CONFIG, checkpoint=path)
     kept = path.read_bytes()
     BreaksAt.calls = -1000

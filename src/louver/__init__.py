@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from louver.cost import measure_latency
     from louver.cut import Split, cuts, split
     from louver.data import assign_roles, contact_sheet, drop_overlap, load_images, streets
+    from louver.defenses import PATROL, AddedNoise, Defense, Hybrid, NoDefense, NoPeek, PrivyNet, SiftFunnel
     from louver.errors import LouverError
     from louver.experiment import run_experiment
+    from louver.hardening import Origin, harden, load_split, save_split
     from louver.measures import MEASURES, mse, psnr, ssim
     from louver.models import load_model, save_weights
     from louver.report import write_report
     from louver.runs import load_audit, panels
-    from louver.tasks import Classification
+    from louver.tasks import Attributes, Classification, ReIdentification
     from louver.thresholds import judge, parse_rule
     from louver.training import Training, fit
     from louver.types import Audit, Cost, Cut, Finding, Images, Panel, Roles, Row, Threat, Verdict
@@ -32,21 +34,32 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MEASURES",
+    "PATROL",
+    "AddedNoise",
+    "Attributes",
     "Audit",
     "Classification",
     "Cost",
     "Cut",
     "Decoder",
+    "Defense",
     "Finding",
+    "Hybrid",
     "Images",
     "Likelihood",
     "LouverError",
     "MeanImage",
+    "NoDefense",
+    "NoPeek",
+    "Origin",
     "Panel",
+    "PrivyNet",
+    "ReIdentification",
     "Roles",
     "Row",
     "Settings",
     "Shadow",
+    "SiftFunnel",
     "Split",
     "Threat",
     "Training",
@@ -56,10 +69,12 @@ __all__ = [
     "cuts",
     "drop_overlap",
     "fit",
+    "harden",
     "judge",
     "load_audit",
     "load_images",
     "load_model",
+    "load_split",
     "measure_latency",
     "mse",
     "panels",
@@ -68,6 +83,7 @@ __all__ = [
     "read_experiment",
     "run_audit",
     "run_experiment",
+    "save_split",
     "save_weights",
     "split",
     "ssim",
@@ -82,13 +98,15 @@ _HOMES = {
     "cost": "measure_latency",
     "cut": "Split cuts split",
     "data": "assign_roles contact_sheet drop_overlap load_images streets",
+    "defenses": "PATROL AddedNoise Defense Hybrid NoDefense NoPeek PrivyNet SiftFunnel",
     "errors": "LouverError",
     "experiment": "run_experiment",
+    "hardening": "Origin harden load_split save_split",
     "measures": "MEASURES mse psnr ssim",
     "models": "load_model save_weights",
     "report": "write_report",
     "runs": "load_audit panels",
-    "tasks": "Classification",
+    "tasks": "Attributes Classification ReIdentification",
     "thresholds": "judge parse_rule",
     "training": "Training fit",
     "types": "Audit Cost Cut Finding Images Panel Roles Row Threat Verdict",

@@ -27,7 +27,7 @@ from torch import Tensor
 from louver.attacks import Attack, Auxiliary, Inverter, MeanImage, Progress, View
 from louver.cut import Split
 from louver.errors import AttackError, ConfigError, DataError, ThreatError, nearest
-from louver.features import ImageRows, compute_features
+from louver.features import ImageRows, compute_features, drawing_from, observed
 from louver.measures import Measure, MeasureContext, resolve_measures
 from louver.measures.statistics import row
 from louver.runs import RunFolder, Unit
@@ -40,7 +40,7 @@ __all__ = ["FLOOR", "Settings", "audit"]
 FLOOR = "mean_image"
 """The attack that looks at no feature; its score stands beside every other as the floor."""
 
-_SCHEME = 1
+_SCHEME = 2
 """Raised when a change makes finished units mean something else; they are then run again."""
 
 
@@ -49,7 +49,8 @@ class Settings:
     """How to audit. `test_images` are drawn from the test role by the seed; an attack named in `limits` gets so many.
 
     measures: names, or None for those that are available. mirror_auxiliary: the attacker also uses its images
-    mirrored. validation_share: of the auxiliary images, kept apart to choose epochs and weights on. memory_bytes:
+    mirrored. observations: how often the attacker sees each picture sent, and takes the mean, where the edge draws
+    noise. validation_share: of the auxiliary images, kept apart to choose epochs and weights on. memory_bytes:
     features beyond it go to disk.
 
     Raises:
@@ -60,6 +61,7 @@ class Settings:
     test_images: int = 1000
     limits: Mapping[str, int] = field(default_factory=dict)
     mirror_auxiliary: bool = True
+    observations: int = 1
     validation_share: float = 0.1
     memory_bytes: int = 2 * 2**30
     lpips_weights: Path | None = None
@@ -68,6 +70,8 @@ class Settings:
         for name, count in {"test_images": self.test_images, **self.limits}.items():
             if count < 2:
                 raise ConfigError(f"{name}: expected 2 test images or more, got {count}; an interval needs them")
+        if self.observations < 1:
+            raise ConfigError(f"expected observations of 1 or more, got {self.observations}")
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"expected validation_share between 0 and 1, got {self.validation_share}")
         if self.memory_bytes < 2**20:
@@ -160,6 +164,7 @@ def audit(
                     str(n_images),
                     json.dumps([m.name for m in measures]),
                     str(settings.mirror_auxiliary),
+                    str(settings.observations),
                     str(settings.validation_share),
                     *keys,
                 )
@@ -298,8 +303,10 @@ class _Site:
         if self._view is None:
             has_features = bool(self.threat.grants & {"edge", "query"})
             train, validation = (
-                self._auxiliary(images, has_features, is_mirrored, progress)
-                for images, is_mirrored in zip(self.known, (self.settings.mirror_auxiliary, False), strict=True)
+                self._auxiliary(images, has_features, is_mirrored, self.seed + 1 + order, progress)
+                for order, (images, is_mirrored) in enumerate(
+                    zip(self.known, (self.settings.mirror_auxiliary, False), strict=True)
+                )
             )
             self._view = View(
                 image_shape=self.test.image_shape,
@@ -312,7 +319,9 @@ class _Site:
             )
         return self._view
 
-    def _auxiliary(self, images: Images, has_features: bool, is_mirrored: bool, progress: Progress | None) -> Auxiliary:
+    def _auxiliary(
+        self, images: Images, has_features: bool, is_mirrored: bool, noise_seed: int, progress: Progress | None
+    ) -> Auxiliary:
         rows = ImageRows(images, is_mirrored)
         labels = None
         if self.label is not None and self.label in images.labels:
@@ -325,6 +334,8 @@ class _Site:
                 self.split.cut.feature_shape,
                 device=self.device,
                 memory_bytes=self.settings.memory_bytes // 2,
+                seed=noise_seed,
+                observations=self.settings.observations,
                 folder=None if self.folder is None else self.folder / "scratch",
                 progress=progress,
             )
@@ -365,9 +376,9 @@ class _Site:
         step = max(1, min(256, 2**26 // int(np.prod(self.split.cut.feature_shape))))
         for start in range(0, n_images, step):
             stop = min(start + step, n_images)
-            with torch.no_grad():
-                images = torch.from_numpy(self.test.floats(slice(start, stop)))
-                features = self.split.edge(images.to(self.device)).float().cpu()
+            images = torch.from_numpy(self.test.floats(slice(start, stop)))
+            with torch.no_grad(), drawing_from(hash((self.seed, start)) & 0x7FFFFFFF, self.device):
+                features = observed(self.split.edge, images.to(self.device), self.settings.observations)
 
             def told(what: str, fraction: float, start: int = start, count: int = stop - start) -> None:
                 progress(what, (start + fraction * count) / n_images)
@@ -413,7 +424,7 @@ def _network(split: Split) -> str:
     """A digest of both halves: what they compute, step by step, and every number that they compute with."""
     parts: list[str | bytes] = []
     for half in (split.edge, split.cloud):
-        parts += [str(half), str(getattr(half, "graph", ""))]
+        parts += [repr(half), *(str(m.graph) for m in half.modules() if isinstance(m, torch.fx.GraphModule))]
         for name, tensor in (*half.named_parameters(), *half.named_buffers()):
             content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             parts += [name, str(tensor.dtype), str(tuple(tensor.shape)), hashlib.blake2b(content.data).digest()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -24,6 +24,7 @@ from typer.exceptions import TyperException
 from louver.errors import ConfigError, LouverError, MissingExtraError
 
 if TYPE_CHECKING:
+    from louver.comparison import Comparison
     from louver.types import Audit, Cut
 
 __all__ = ["app", "main"]
@@ -149,6 +150,60 @@ def audit(
 
 
 @app.command()
+def harden(
+    file: Annotated[Path, typer.Argument(help="Experiment file (TOML) with [defense] and [hardening].")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on in a run folder that exists; finished parts are kept.")] = False,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write metrics of training there for TensorBoard.")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="Send metrics of training to this MLflow address.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many GPUs share each batch.")] = 1,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train a split so that its features give away less, attack what comes out, and report."""
+    with _lab():
+        from louver.config import read_experiment
+        from louver.logs import logging_to
+    experiment = read_experiment(file / "config.toml" if file.is_dir() else file)
+    if experiment.defense is None:
+        raise ConfigError(f"{file}: expected a [defense] and a [hardening] table, got none; `louver audit` needs none")
+    folder = out or (file if file.is_dir() else Path("runs") / experiment.name)
+    if (folder / "config.toml").exists() and not resume:
+        raise ConfigError(f"{folder} holds a run already; go on with --resume, or choose another folder with --out")
+    with logging_to(experiment.name, lines=folder / "metrics.jsonl", tensorboard=tensorboard, mlflow=mlflow) as log:
+        _run(experiment, folder, device=device, threads=threads, as_json=as_json, devices=devices, log=log)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="cifar10, faces, streets or vehicles.")],
+    scale: Annotated[str, typer.Option(help="laptop, or paper for a GPU.")] = "laptop",
+    out: Annotated[Path | None, typer.Option(help="Folder of the table; runs/bench/NAME-SCALE by default.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Only cells whose name holds one of these, separated by commas.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of training and attacks.")] = 0,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train, attack and compare all defenses on one set of images; finished cells are kept."""
+    with _lab():
+        from louver.bench import run_bench
+    _set_threads(threads)
+    chosen = _device(device)
+    folder = out or Path("runs") / "bench" / f"{name}-{scale}"
+    with _progress() as tell, redirect_stdout(sys.stderr):
+        facts = run_bench(name, scale=scale, folder=folder, only=only, seed=seed, device=chosen, progress=tell)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    Console().print(_bench_table(facts))
+    print(f"compare: louver compare {folder}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     as_json: AsJson = False,
@@ -179,6 +234,37 @@ def report(
         print(json.dumps(to_json(found)))
     else:
         print(path)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders of studied splits, or folders that hold them.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("comparison.html"),
+    utility: Annotated[str | None, typer.Option(help="Figure of utility, such as accuracy or mAP.")] = None,
+    leakage: Annotated[str, typer.Option(help="Measure of leakage, such as ssim or psnr.")] = "ssim",
+    attack: Annotated[
+        str, typer.Option(help="Judge every split by this attack, or each by the one that is strongest there.")
+    ] = "strongest",
+    as_json: AsJson = False,
+) -> None:
+    """Set defenses side by side: utility against leakage at equal edge cost, as one page."""
+    with _lab():
+        from louver.comparison import compare as compare_folders
+        from louver.comparison import to_json
+        from louver.ordering import ordered
+        from louver.report.comparison import write_comparison
+        from louver.report.comparison_words import headline
+        from louver.strips import pictures
+    found = ordered(compare_folders(folders, utility=utility, measure=leakage, attack=attack))
+    path = write_comparison(found, pictures(found), out)
+    if as_json:
+        print(json.dumps(to_json(found)))
+        return
+    Console().print(_comparison_table(found))
+    print(headline(found))
+    for folder in found.unfinished:
+        print(f"note: {folder} is left out: its study has not ended")
+    print(f"page: {path}")
 
 
 @app.command()
@@ -223,6 +309,8 @@ def _run(
     threads: int | None,
     as_json: bool,
     is_demo: bool = False,
+    devices: int = 1,
+    log: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> None:
     with _lab():
         from louver.experiment import run_experiment
@@ -232,7 +320,7 @@ def _run(
     chosen = _device(device)
     # A user's network may print; standard output is for results.
     with _progress() as tell, redirect_stdout(sys.stderr):
-        found = run_experiment(experiment, folder, device=chosen, progress=tell)
+        found = run_experiment(experiment, folder, device=chosen, devices=devices, progress=tell, log=log)
         path = write_report(found, panels(folder, found), folder / "report.html")
     if as_json:
         print(json.dumps(to_json(found)))
@@ -360,6 +448,48 @@ def _findings_table(found: Audit) -> Table:
     for cut, attack_name in dict.fromkeys((r.cut, r.attack) for r in found.rows if r.attack != floor):
         rows = [by_place[cut, attack_name, measure] for measure in measures]
         table.add_row(cut, attack_name, str(rows[0].n_images), *(f"{r.mean:.3g} ({r.floor:.3g})" for r in rows))
+    return table
+
+
+def _bench_table(facts: list[dict[str, Any]]) -> Table:
+    """One line a cell: what it is good for, and what the strongest attack rebuilt."""
+    table = Table(title=f"{facts[0]['group']}: utility against leakage", title_justify="left")
+    for heading in ("cell", "utility", "ssim (floor)", "psnr", "edge MACs", "sent"):
+        table.add_column(heading, justify="left" if heading == "cell" else "right", overflow="fold")
+    for fact in facts:
+        name, figure = next(iter(fact["utility"].items()))
+        strongest = {
+            measure: max((row for row in fact["leakage"] if row["measure"] == measure), key=lambda row: row["mean"])
+            for measure in ("ssim", "psnr")
+        }
+        ssim, psnr = strongest["ssim"], strongest["psnr"]
+        table.add_row(
+            fact["name"],
+            f"{name} {figure['mean']:.3f} ± {(figure['high'] - figure['low']) / 2:.3f}",
+            f"{ssim['mean']:.3f} ({ssim['floor']:.3f})",
+            f"{psnr['mean']:.1f}",
+            _amount(fact["edge_macs"], ""),
+            _amount(fact["feature_bytes"], "B"),
+        )
+    return table
+
+
+def _comparison_table(found: Comparison) -> Table:
+    """One line a split, on 80 columns; intervals and all else are on the page."""
+    table = Table(title=f"{found.utility} against {found.measure} of {found.attack}", title_justify="left")
+    for heading in ("split", found.utility, f"{found.measure} (floor)", "edge MACs", "sent", "front", "leaks"):
+        table.add_column(heading, justify="left" if heading == "split" else "right", overflow="fold")
+    for one in found.entries:
+        sides = {"better": "less", "worse": "more", "not told apart": "not shown", None: ""}
+        table.add_row(
+            one.label,
+            f"{one.utility.mean:.3f}",
+            f"{one.leak.mean:.3g} ({one.leak.floor:.3g})",
+            _amount(one.facts.edge_macs, ""),
+            _amount(one.facts.feature_bytes, "B"),
+            "yes" if one.is_on_front else "",
+            sides[one.private],
+        )
     return table
 
 

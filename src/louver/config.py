@@ -21,7 +21,9 @@ import tomli_w
 
 from louver import attacks as attack_kinds
 from louver.audit import FLOOR
+from louver.defenses import DEFENSES, Defense
 from louver.errors import ConfigError, nearest
+from louver.tasks import Attributes, Classification, ReIdentification, Task
 from louver.thresholds import parse_rule
 from louver.training import Training
 from louver.types import Threat
@@ -34,6 +36,13 @@ ATTACKS: Mapping[str, type] = {
     "shadow": attack_kinds.Shadow,
 }
 """Attacks by the name that experiment files and `--attack` use. The floor runs always and is not named."""
+
+TASKS: Mapping[str, type] = {
+    "attributes": Attributes,
+    "classification": Classification,
+    "reidentification": ReIdentification,
+}
+"""Tasks by the name that `kind` in a [task] table uses."""
 
 _T = TypeVar("_T")
 
@@ -81,6 +90,7 @@ class AuditOptions:
     measures: tuple[str, ...] | None = None
     test_images: int = 1000
     mirror_auxiliary: bool = True
+    observations: int = 1
     validation_share: float = 0.1
     memory_mib: int = 2048
     latency: bool = False
@@ -96,8 +106,28 @@ class AttackEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """What a hardened split is asked besides its task.
+
+    columns: label columns that must not be read from the features; probes try. identity, camera: columns for
+    nearest-neighbor re-identification of the features. reconstructions: probe rebuilt pictures too. completion:
+    labelled examples a class from which a new cloud half is trained.
+    """
+
+    columns: tuple[str, ...] = ()
+    identity: str | None = None
+    camera: str | None = None
+    reconstructions: bool = False
+    completion: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One run. `thresholds` are rules such as "ssim<=0.3"; `table` is the file as read."""
+    """One run. `thresholds` are rules such as "ssim<=0.3"; `table` is the file as read.
+
+    With a `defense` the one cut is hardened, by `hardening`, before it is audited; `task` is then what it is kept good
+    for, classification of `data.label` where it is None.
+    """
 
     name: str
     model: ModelOptions
@@ -106,6 +136,10 @@ class Experiment:
     attacks: Mapping[str, AttackEntry]
     threat: Threat = field(default_factory=Threat)
     training: Training | None = None
+    task: Task | None = None
+    defense: Defense | None = None
+    hardening: Training | None = None
+    probes: ProbeOptions = field(default_factory=ProbeOptions)
     thresholds: tuple[str, ...] = ()
     seed: int = 0
     table: Mapping[str, Any] = field(default_factory=dict)
@@ -115,7 +149,21 @@ class Experiment:
         return tomli_w.dumps(self.table, multiline_strings=True)
 
 
-_SECTIONS = ("attacks", "audit", "data", "model", "name", "seed", "threat", "thresholds", "training")
+_SECTIONS = (
+    "attacks",
+    "audit",
+    "data",
+    "defense",
+    "hardening",
+    "model",
+    "name",
+    "probes",
+    "seed",
+    "task",
+    "threat",
+    "thresholds",
+    "training",
+)
 
 
 def read_experiment(
@@ -162,9 +210,14 @@ def _experiment(table: dict[str, Any], path: Path) -> Experiment:
         raise ConfigError(
             f"{path}: expected [training] or model.weights, got both; a trained network is not trained again"
         )
-    if training is not None and (data.train is None or data.validation is None or data.label is None):
-        raise ConfigError(f"{path}: [training] needs data.train, data.validation and data.label")
-    if training is None and model.weights is None:
+    task = _kind(TASKS, table, "task", path)
+    defense = _kind(DEFENSES, table, "defense", path)
+    if ("hardening" in table) != (defense is not None):
+        raise ConfigError(f"{path}: expected [defense] and [hardening] together, got one without the other")
+    for section in ("training", "hardening"):
+        if section in table and (data.train is None or data.validation is None or (data.label or task) is None):
+            raise ConfigError(f"{path}: [{section}] needs data.train, data.validation, and data.label or a [task]")
+    if training is None and model.weights is None and defense is None:
         raise ConfigError(
             f"{path}: model {model.name} has no weights and no [training] table; features of random weights say "
             "nothing about a network in use"
@@ -184,6 +237,10 @@ def _experiment(table: dict[str, Any], path: Path) -> Experiment:
         attacks=entries,
         threat=_section(Threat, table, "threat", path) if "threat" in table else Threat(),
         training=None if training is None else _section(Training, table, "training", path),
+        task=task,
+        defense=defense,
+        hardening=None if defense is None else _section(Training, table, "hardening", path),
+        probes=_section(ProbeOptions, table, "probes", path),
         thresholds=rules,
         seed=seed,
         table=table,
@@ -201,6 +258,17 @@ def _attack(name: str, entry: object, path: Path) -> AttackEntry:
     knobs = {key: value for key, value in entry.items() if key != "test_images"}
     attack: attack_kinds.Attack = _build(ATTACKS[name], knobs, where, also=["test_images"])
     return AttackEntry(attack=attack, test_images=_value(int | None, entry.get("test_images"), f"{where}, test_images"))
+
+
+def _kind(kinds: Mapping[str, type], table: Mapping[str, Any], section: str, path: Path) -> Any:  # noqa: ANN401
+    """What a table with a `kind` and its knobs describes; None if there is no such table."""
+    if section not in table:
+        return None
+    entry = _table(table, section, path)
+    name, where = entry.get("kind"), f"{path}, [{section}]"
+    if not isinstance(name, str) or name not in kinds:
+        raise ConfigError(f"{where}: expected a kind, got {name!r}; {nearest(str(name or ''), sorted(kinds))}")
+    return _build(kinds[name], {k: v for k, v in entry.items() if k != "kind"}, where, also=["kind"])
 
 
 def _table(table: Mapping[str, Any], section: str, path: Path) -> dict[str, Any]:

@@ -25,10 +25,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from louver.errors import CutError, DataError
-from louver.points import BATCHES, Plan
-from louver.types import Cut
+from louver.points import BATCHES, Plan, half_cost
+from louver.types import Cost, Cut
 
-__all__ = ["Split", "cuts", "split"]
+__all__ = ["Split", "cuts", "joined", "split"]
 
 
 class Split(nn.Module):
@@ -49,7 +49,8 @@ class Split(nn.Module):
     def forward(self, x: Float[Tensor, "n c h w"]) -> Any:
         """What the network gives for these images."""
         feature = self.edge(x)
-        if tuple(feature.shape[1:]) != self.cut.feature_shape:
+        # What follows a split to cut it again sends stand-ins, which have no shape to check.
+        if isinstance(feature, Tensor) and tuple(feature.shape[1:]) != self.cut.feature_shape:
             raise DataError(
                 f"cut {self.cut.name!r}: expected features of shape {self.cut.feature_shape}, got "
                 f"{tuple(feature.shape[1:])}; use images of the size that the network was cut with"
@@ -68,6 +69,7 @@ def cuts(model: nn.Module, example: Float[Tensor, "n c h w"]) -> list[Cut]:
     >>> [(cut.name, cut.feature_shape) for cut in cuts(net, torch.rand(2, 3, 8, 10))]
     [('0', (4, 6, 8)), ('1', (4, 6, 8)), ('2', (192,))]
     """
+    _check_images(example)
     plan = Plan.of(model, example)
     if not plan.cuts:
         reasons = dict.fromkeys(plan.why_not(i) or "" for i in range(1, len(plan.data)))
@@ -88,6 +90,7 @@ def split(model: nn.Module, at: str, example: Float[Tensor, "n c h w"]) -> Split
     >>> halves.edge(x).shape, torch.equal(halves(x), net(x))
     (torch.Size([7, 4, 6, 8]), True)
     """
+    _check_images(example)
     plan = Plan.of(model, example)
     for cut, position in plan.cuts:
         if plan.unwrapped(at) in (cut.name, *cut.aliases):
@@ -98,6 +101,11 @@ def split(model: nn.Module, at: str, example: Float[Tensor, "n c h w"]) -> Split
 def split_at(plan: Plan, cut: Cut, position: int) -> Split:
     """The halves of one of `plan.cuts`; for many cuts of one network, which is followed only once."""
     return Split(_build_half(plan, position, is_edge=True), _build_half(plan, position, is_edge=False), cut)
+
+
+def _check_images(example: Tensor) -> None:
+    if example.ndim != 4 or example.shape[0] < 1:
+        raise DataError(f"expected an example of shape (n, c, h, w) with n of 1 or more, got {tuple(example.shape)}")
 
 
 # The halves
@@ -181,3 +189,28 @@ class _Steps:
 
     def _with(self, operation: Callable[..., Any], node: fx.Node, number: int, *, neutral: int) -> fx.Node:
         return node if number == neutral else self.graph.call_function(operation, (node, number))
+
+
+def joined(edge: nn.Module, cloud: nn.Module, example: Float[Tensor, "n c h w"], *, name: str) -> Split:
+    """Two halves as a split named `name`, with feature shape and cost measured; the halves are taken as they are.
+
+    Raises:
+        CutError: a half cannot be followed, or the edge gives something other than one tensor per batch.
+        DataError: the halves do not run on the example, or do not fit each other.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        modes = {module: module.training for half in (edge, cloud) for module in half.modules()}
+        edge.eval()
+        cloud.eval()
+        feature = edge(example)
+        if not isinstance(feature, Tensor) or feature.ndim < 2 or len(feature) != len(example):
+            raise CutError(f"cut {name!r}: expected one tensor of features per batch, got {type(feature).__name__}")
+        cost = Cost(
+            edge=half_cost(edge, example),
+            cloud=half_cost(cloud, feature),
+            feature_bytes=feature[0].numel() * feature.element_size(),
+        )
+        for module, was_training in modes.items():
+            module.training = was_training
+    shape, dtype = tuple(feature.shape[1:]), str(feature.dtype).removeprefix("torch.")
+    return Split(edge, cloud, Cut(name=name, feature_shape=shape, dtype=dtype, cost=cost))

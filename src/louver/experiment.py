@@ -14,16 +14,23 @@ from louver.config import Experiment
 from louver.cost import measure_latency, with_latency
 from louver.cut import Split, cuts, split
 from louver.data import assign_roles, drop_overlap, load_images
+from louver.defenses import Defense
 from louver.errors import ConfigError, DataError
+from louver.hardening import Origin
+from louver.logs import Log
 from louver.models import load_model, save_weights
-from louver.runs import RunFolder
+from louver.runs import RunFolder, load_audit
 from louver.storage import write_bytes
-from louver.tasks import Classification
+from louver.study import Judging, study
+from louver.tasks import Attributes, Classification, Task
 from louver.thresholds import parse_rule
 from louver.training import fit
 from louver.types import Audit, Images, Roles
 
 __all__ = ["load_roles", "run_experiment"]
+
+_TRAINING_SHARE = 0.2
+"""Of the whole run, where the network is trained first."""
 
 
 def run_experiment(
@@ -31,7 +38,9 @@ def run_experiment(
     folder: Path,
     *,
     device: torch.device | str = "cpu",
+    devices: int = 1,
     progress: Progress | None = None,
+    log: Log | None = None,
 ) -> Audit:
     """Runs an experiment in `folder`; what is finished there already, from a run that was stopped, is not redone.
 
@@ -42,38 +51,108 @@ def run_experiment(
         progress("reading images", 0.0)
     roles, notes = load_roles(experiment)
     task = _task(experiment, roles)
-    model = _victim(experiment, roles, task, folder, device, progress)
+    model = _victim(experiment, roles, task, folder, device, _share(progress, 0.0, _TRAINING_SHARE))
+    if experiment.training is not None:
+        progress = _share(progress, _TRAINING_SHARE, 1.0)
     splits = _splits(experiment, model, torch.from_numpy(roles.test.floats(slice(0, 2))))
     # Only now is the folder a run's: what was refused before leaves none behind.
     RunFolder(folder).forget_audit()
     write_bytes(folder / "config.toml", experiment.to_toml().encode())
     save_weights(model, folder / "model.safetensors")
-    options = experiment.audit
+    settings = _audit_settings(experiment)
+    attacks = {name: entry.attack for name, entry in experiment.attacks.items()}
+    rules = [parse_rule(rule) for rule in experiment.thresholds]
+    notes = [*notes, *_weakened(experiment)]
+    if experiment.defense is not None:
+        assert task is not None
+        study(
+            splits[0],
+            _origin(experiment, experiment.defense, task, roles, splits[0]),
+            roles,
+            task,
+            Judging(
+                attacks=attacks,
+                settings=settings,
+                private=experiment.probes.columns,
+                identity=experiment.probes.identity,
+                camera=experiment.probes.camera,
+                on_reconstructions=experiment.probes.reconstructions,
+                completion_counts=experiment.probes.completion,
+            ),
+            config=experiment.hardening,
+            folder=folder,
+            name=experiment.name,
+            label=experiment.data.label,
+            threat=experiment.threat,
+            rules=rules,
+            notes=notes,
+            table=experiment.table,
+            seed=experiment.seed,
+            device=device,
+            devices=devices,
+            progress=progress,
+            log=log,
+        )
+        return load_audit(folder)
     return audit(
         splits,
         roles,
-        {name: entry.attack for name, entry in experiment.attacks.items()},
+        attacks,
         threat=experiment.threat,
         task=task,
         label=experiment.data.label,
-        rules=[parse_rule(rule) for rule in experiment.thresholds],
-        settings=Settings(
-            measures=options.measures,
-            test_images=options.test_images,
-            limits={n: e.test_images for n, e in experiment.attacks.items() if e.test_images is not None},
-            mirror_auxiliary=options.mirror_auxiliary,
-            validation_share=options.validation_share,
-            memory_bytes=options.memory_mib * 2**20,
-            lpips_weights=None if options.lpips_weights is None else Path(options.lpips_weights),
-        ),
+        rules=rules,
+        settings=settings,
         seed=experiment.seed,
         name=experiment.name,
-        notes=[*notes, *_weakened(experiment)],
+        notes=notes,
         config=experiment.table,
         folder=folder,
         device=device,
         progress=progress,
     )
+
+
+def _share(progress: Progress | None, low: float, high: float) -> Progress | None:
+    """Progress of one part, as what lies between `low` and `high` of the whole."""
+    if progress is None:
+        return None
+    tell = progress
+    return lambda what, fraction: tell(what, low + (high - low) * fraction)
+
+
+def _audit_settings(experiment: Experiment) -> Settings:
+    options = experiment.audit
+    return Settings(
+        measures=options.measures,
+        test_images=options.test_images,
+        limits={n: e.test_images for n, e in experiment.attacks.items() if e.test_images is not None},
+        mirror_auxiliary=options.mirror_auxiliary,
+        observations=options.observations,
+        validation_share=options.validation_share,
+        memory_bytes=options.memory_mib * 2**20,
+        lpips_weights=None if options.lpips_weights is None else Path(options.lpips_weights),
+    )
+
+
+def _origin(experiment: Experiment, defense: Defense, task: Task, roles: Roles, halves: Split) -> Origin:
+    options = experiment.model
+    return Origin(
+        model=options.name,
+        n_classes=options.n_classes or _n_outputs(task),
+        image_shape=roles.test.image_shape,
+        cut=halves.cut.name,
+        defense=defense,
+        mean=options.mean,
+        std=options.std,
+    )
+
+
+def _n_outputs(task: Task | None) -> int | None:
+    """How many numbers the network must answer with, where the task says so; embeddings may be of any length."""
+    if isinstance(task, Classification):
+        return task.n_classes
+    return sum(task.columns.values()) if isinstance(task, Attributes) else None
 
 
 def load_roles(experiment: Experiment) -> tuple[Roles, list[str]]:
@@ -132,7 +211,9 @@ def _weakened(experiment: Experiment) -> list[str]:
     return notes
 
 
-def _task(experiment: Experiment, roles: Roles) -> Classification | None:
+def _task(experiment: Experiment, roles: Roles) -> Task | None:
+    if experiment.task is not None:
+        return experiment.task
     label = experiment.data.label
     if label is None:
         return None
@@ -147,7 +228,7 @@ def _task(experiment: Experiment, roles: Roles) -> Classification | None:
 def _victim(
     experiment: Experiment,
     roles: Roles,
-    task: Classification | None,
+    task: Task | None,
     folder: Path,
     device: torch.device | str,
     progress: Progress | None,
@@ -155,7 +236,7 @@ def _victim(
     options = experiment.model
     model = load_model(
         options.name,
-        n_classes=options.n_classes or (task.n_classes if task is not None else None),
+        n_classes=options.n_classes or _n_outputs(task),
         weights=options.weights,
         mean=options.mean,
         std=options.std,
@@ -186,6 +267,8 @@ def _splits(experiment: Experiment, model: nn.Module, example: torch.Tensor) -> 
     names = experiment.audit.cuts
     if not names:
         raise ConfigError("expected at least one cut in audit.cuts, got none; `louver cuts MODEL` lists them")
+    if experiment.defense is not None and len(names) != 1:
+        raise ConfigError(f"expected one cut in audit.cuts to harden, got {len(names)}; write a file for each")
     order = {cut.name: place for place, cut in enumerate(cuts(model, example))}
     splits = sorted((split(model, name, example) for name in names), key=lambda s: order[s.cut.name])
     for before, after in itertools.pairwise(splits):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from louver.errors import AttackError
 from louver.storage import RowFile
 from louver.types import Images
 
-__all__ = ["FeatureRows", "ImageRows", "compute_features"]
+__all__ = ["FeatureRows", "ImageRows", "compute_features", "drawing_from", "observed"]
 
 _BATCH_FLOATS = 2**24
 
@@ -62,10 +64,15 @@ def compute_features(
     *,
     device: torch.device,
     memory_bytes: int,
+    seed: int = 0,
+    observations: int = 1,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> FeatureRows:
     """What the edge sends for each image, (n, *feature_shape) float32, held in at most `memory_bytes` of memory.
+
+    An edge that draws noise draws it from `seed`; with `observations` above 1 each image is sent so often, and what
+    is kept is the mean, as an attacker would who sees the same scene again.
 
     Raises:
         AttackError: the edge sends NaN or infinity for some image, which no attack could be blamed for missing.
@@ -74,10 +81,10 @@ def compute_features(
     file = RowFile(len(images), feature_shape, memory_bytes=memory_bytes, folder=folder)
     floats = int(np.prod(feature_shape)) + 8 * int(np.prod(images.images.image_shape))
     batch = max(1, min(256, _BATCH_FLOATS // floats))
-    with torch.no_grad():
+    with torch.no_grad(), drawing_from(seed, device):
         for start in range(0, len(images), batch):
             index = np.arange(start, min(start + batch, len(images)))
-            features = edge(images.rows(index).to(device)).float().cpu()
+            features = observed(edge, images.rows(index).to(device), observations)
             if not bool(features.isfinite().all()):
                 broken = int(index[int((~features.flatten(1).isfinite().all(1)).int().argmax())])
                 raise AttackError(
@@ -88,3 +95,19 @@ def compute_features(
             if progress is not None:
                 progress("features", (start + len(index)) / len(images))
     return FeatureRows(file)
+
+
+@contextmanager
+def drawing_from(seed: int, device: torch.device) -> Iterator[None]:
+    """What draws by chance draws from `seed` in here; torch's global generators go on as they were outside."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def observed(edge: nn.Module, images: Float[Tensor, "n c h w"], observations: int) -> Tensor:
+    """Mean over so many sendings of what the edge sends for each image, float32, on the CPU."""
+    sent: Tensor = edge(images).float().cpu()
+    for _ in range(observations - 1):
+        sent = sent + edge(images).float().cpu()
+    return sent / observations

@@ -13,7 +13,6 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from louver.cost import Step, profile
@@ -21,7 +20,7 @@ from louver.errors import CutError, nearest
 from louver.tracing import Trace, trace
 from louver.types import Cost, Cut, HalfCost
 
-__all__ = ["BATCHES", "Plan"]
+__all__ = ["BATCHES", "Plan", "half_cost"]
 
 # What depends on the batch is told from what does not by two runs. One image would not do: a dimension of one hides
 # in squeeze() and in broadcasts. Costs of a single image follow, since they grow evenly with the batch.
@@ -53,7 +52,7 @@ class Plan:
     data: list[fx.Node]
 
     @classmethod
-    def of(cls, model: nn.Module, example: Float[Tensor, "n c h w"]) -> Plan:
+    def of(cls, model: nn.Module, example: Tensor) -> Plan:
         """Follow the network and run it on fake images; see `louver.cut.cuts` for what this raises."""
         found = trace(model, example)
         try:
@@ -315,6 +314,23 @@ class Plan:
     def _cost(self, i: int, feature_bytes: int) -> Cost:
         edge = self._half_cost(i, feature_bytes, is_edge=True)
         return Cost(edge=edge, cloud=self._half_cost(i, feature_bytes, is_edge=False), feature_bytes=feature_bytes)
+
+
+def half_cost(half: nn.Module, example: Tensor) -> HalfCost:
+    """What a module costs for one row of `example`, counted as for the halves of a cut.
+
+    Raises:
+        CutError: the module cannot be followed.
+        DataError: it does not run on the example.
+    """
+    plan = Plan.of(half, example)
+    macs, live_bytes = plan.per_image
+    return HalfCost(
+        macs=sum(macs),
+        parameters=sum(p.numel() for p in half.parameters()),
+        weight_bytes=sum(t.numel() * t.element_size() for t in (*half.parameters(), *half.buffers())),
+        peak_activation_bytes=max(live_bytes),
+    )
 
 
 def _of_one_image(few: int, more: int) -> int:

@@ -73,6 +73,30 @@ class RunFolder:
         as_bytes = Images(pixels=pixels).floats() * 255
         write_npz(self._folder / "truth.npz", {"images": as_bytes.round().astype(np.uint8), "index": chosen})
 
+    def truth_index(self) -> NDArray[np.int64]:
+        """Places in the test role of the images that attacks were scored on.
+
+        Raises:
+            ConfigError: the folder holds none.
+        """
+        return self._kept("truth.npz", "index")
+
+    def pictures(self, cut: str, attack: str) -> NDArray[np.uint8]:
+        """What an attack rebuilt, (n, c, h, w) in 0..255, in the order of `truth_index`.
+
+        Raises:
+            ConfigError: the folder holds none.
+        """
+        folder = self._folder or Path()
+        return self._kept(str(unit_folder(folder, cut, attack).relative_to(folder) / "pictures.npz"), "images")
+
+    def _kept(self, name: str, what: str) -> NDArray[Any]:
+        path = (self._folder or Path()) / name
+        try:
+            return _arrays(path)[what]
+        except _DAMAGED as error:
+            raise ConfigError(f"{path} is missing or damaged ({error}); run the audit again") from error
+
     def load_unit(self, cut: str, attack: str, key: str) -> Unit | None:
         """A finished unit with this key; None if there is none, or what is there is damaged or of another run."""
         if self._folder is None:

@@ -22,13 +22,13 @@ from typing import Any
 
 import jaxtyping
 import torch
-from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from louver.errors import CutError, DataError
+from louver.stochastic import Stochastic
 
 __all__ = ["Trace", "quiet", "trace"]
 
@@ -97,19 +97,19 @@ def _unchecked() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", before)
 
 
-def trace(model: nn.Module, example: Float[Tensor, "n c h w"]) -> Trace:
+def trace(model: nn.Module, example: Tensor) -> Trace:
     """The network as a graph that computes, bit for bit, what the network computes in evaluation mode.
 
     Raises:
         CutError: neither torch.fx nor torch.export can follow the network; the message holds both reasons.
         DataError: the network does not run on the example.
     """
-    if example.ndim != 4 or example.shape[0] < 1:
-        raise DataError(f"expected an example of shape (n, c, h, w) with n of 1 or more, got {tuple(example.shape)}")
+    if example.ndim < 2 or example.shape[0] < 1:
+        raise DataError(f"expected an example of shape (n, ...) with n of 1 or more, got {tuple(example.shape)}")
     net = _private_copy(model)
     with quiet(), torch.no_grad():
         try:
-            expected = net(example.clone())
+            expected = _answer(net, example)
         except Exception as error:  # the user's forward may raise anything; all of it means the same
             shape = tuple(example.shape)
             raise DataError(
@@ -122,14 +122,21 @@ def trace(model: nn.Module, example: Float[Tensor, "n c h w"]) -> Trace:
             except _UntraceableError as error:
                 reasons.append(str(error))
                 continue
-            got = fx.GraphModule(found.root, found.graph)(example.clone())
+            got = _answer(fx.GraphModule(found.root, found.graph), example)
             if _same(got, expected):
                 return found
-            if not _same(net(example.clone()), expected):
+            if not _same(_answer(net, example), expected):
                 reasons = ["two passes over the same image differ, so the halves could not be compared with it"]
                 break
             reasons.append(f"{found.engine} follows it, but to another result (it may ask what kind of value it gets)")
     raise CutError(f"cannot cut {type(model).__name__}: " + "; ".join(reasons))
+
+
+def _answer(net: nn.Module, example: Tensor) -> Any:
+    """What the network makes of the example, with the same draws each time where it draws by chance."""
+    if any(isinstance(module, Stochastic) for module in net.modules()):
+        torch.manual_seed(0)
+    return net(example.clone())
 
 
 class _UntraceableError(Exception):
@@ -227,7 +234,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # A hook must see tensors, never the tracer's stand-ins, so a module with hooks runs whole.
         has_hooks = bool(m._forward_hooks or m._forward_pre_hooks)
-        return module_qualified_name in self.boxes or has_hooks or super().is_leaf_module(m, module_qualified_name)
+        is_kept = has_hooks or isinstance(m, Stochastic)
+        return module_qualified_name in self.boxes or is_kept or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,7 +1,8 @@
 """One plain training loop: it keeps the epoch that validation likes best, and resumes where it was stopped.
 
-Order and augmentation of an epoch follow from (seed, epoch) alone, so a resumed run needs no generator states and ends
-with the same weights, bit for bit on a CPU with the same number of threads.
+Devices and precision are Lightning Fabric's. Order, augmentation and noise of an epoch follow from (seed, epoch)
+alone, so a resumed run needs no generator states and ends with the same weights, bit for bit on a CPU with the same
+number of threads.
 """
 
 from __future__ import annotations
@@ -11,28 +12,33 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int, UInt8
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from louver.checkpoints import cloned, read_checkpoint, restore_optimizer, write_checkpoint
+from louver.cut import Split
+from louver.defenses.base import Batch, Pressure
 from louver.devices import has_fast_bfloat16
-from louver.errors import ConfigError, DataError, WeightsError, nearest
-from louver.storage import write_bytes
-from louver.tasks import Task
+from louver.errors import ConfigError, DataError, nearest
+from louver.tasks import Criterion, Task
 from louver.types import Images
 
-__all__ = ["Training", "fit"]
+__all__ = ["Training", "fit", "train"]
 
 Progress = Callable[[str, float], None]
+Log = Callable[[int, Mapping[str, float]], None]
+"""Called as `log(epoch, figures)` after each epoch, for TensorBoard and its like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,7 @@ class Training:
 
     flip: mirror half of the images left to right. shift: move each image by up to so many pixels, edges repeated.
     weight_decay: on convolution and matrix weights only. gradient_norm: longer gradients are cut to it; None: never.
+    patience: end after so many epochs without a better one on validation; None: never early.
     precision: "bfloat16" computes layers in it and keeps weights in float32; "auto" does so where it is fast, which is
     CUDA and CPUs with AMX.
 
@@ -58,6 +65,7 @@ class Training:
     flip: bool = False
     shift: int = 0
     gradient_norm: float | None = 5.0
+    patience: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = True
 
@@ -69,6 +77,7 @@ class Training:
             "weight_decay": ("0 or more", 0 <= self.weight_decay < math.inf),
             "warmup": ("a share from 0 to below 1", 0 <= self.warmup < 1),
             "label_smoothing": ("0 to below 1", 0 <= self.label_smoothing < 1),
+            "patience": ("1 or more, or none", self.patience is None or self.patience >= 1),
             "shift": ("0 or more pixels", self.shift >= 0),
             "gradient_norm": ("above 0, or none", self.gradient_norm is None or self.gradient_norm > 0),
         }
@@ -84,35 +93,25 @@ class Training:
                 raise ConfigError(f"training: no {what} {value!r}; {nearest(value, legal)}")
 
 
-@dataclass
-class _Run:
-    """All that changes while training; what a checkpoint holds."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    best: dict[str, Tensor]
-    best_score: float = -math.inf
-    epoch: int = 0
-    """Epochs done."""
-
-
 def fit(
     model: nn.Module,
     task: Task,
-    train: Images,
+    training: Images,
     validation: Images,
     *,
     config: Training | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    log: Log | None = None,
     device: torch.device | str = "cpu",
+    devices: int = 1,
 ) -> nn.Module:
     """A trained copy of `model`, in eval mode, with the weights of the epoch that scored best on `validation`.
 
     `model` itself is left as it was. `checkpoint` is a safetensors file, rewritten after each epoch and read first if
     it is there: a stopped run goes on, a finished one returns at once. `progress(what, fraction)` is called after each
-    epoch.
+    epoch. `devices` GPUs share each batch (data parallel).
 
     Raises:
         ConfigError: nothing to train, or the loss became NaN; the checkpoint then holds the last good epoch.
@@ -121,49 +120,162 @@ def fit(
         WeightsError: the checkpoint is of another run, or damaged.
     """
     config = config or Training()
+    return train(
+        model,
+        task,
+        training,
+        validation,
+        Pressure(),
+        config=config,
+        epochs=config.epochs,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+        log=log,
+        device=device,
+        devices=devices,
+    )
+
+
+@dataclass
+class _Run:
+    """All that changes while training; what a checkpoint holds."""
+
+    trainee: _Trainee
+    pressure: Pressure
+    optimizer: torch.optim.Optimizer
+    best: dict[str, Tensor]
+    best_score: float = -math.inf
+    best_epoch: int = 0
+    epoch: int = 0
+    """Epochs done."""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class _Trainee(nn.Module):
+    """Network and criterion as one module, which is what several devices copy and keep in step."""
+
+    def __init__(self, network: nn.Module, criterion: Criterion) -> None:
+        super().__init__()
+        self.network = network
+        self.criterion = criterion
+
+    def forward(self, x: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (those of a network that is not cut are empty), outputs, and the task's loss."""
+        if isinstance(self.network, Split):
+            features = self.network.edge(x)
+            outputs = self.network.cloud(features).float()
+        else:
+            outputs = self.network(x).float()
+            features = outputs[:, :0]
+        with torch.autocast(x.device.type, enabled=False):
+            loss = self.criterion(outputs, targets, label_smoothing=label_smoothing)
+        return features.float(), outputs, loss
+
+
+def train(
+    network: nn.Module,
+    task: Task,
+    images: Images,
+    validation: Images,
+    pressure: Pressure,
+    *,
+    config: Training,
+    epochs: int,
+    seed: int,
+    checkpoint: Path | None = None,
+    identity: Mapping[str, str] | None = None,
+    choose_after: float = 0.0,
+    progress: Progress | None = None,
+    log: Log | None = None,
+    device: torch.device | str = "cpu",
+    devices: int = 1,
+) -> nn.Module:
+    """A copy of `network` (a `Split`, or any network) trained for `epochs` under `pressure`; see `fit`.
+
+    The best epoch is looked for among those after the first `choose_after` of all: early ones, before pressure has
+    acted, would win on accuracy alone. `identity` says what else makes this run the run it is, for the checkpoint.
+
+    Raises:
+        ConfigError, DataError, StorageError, WeightsError: as `fit`.
+    """
     device = torch.device(device)
-    targets = task.targets(train)
+    targets = task.targets(images)
     task.targets(validation)
-    if len(train) < 2:
-        raise DataError(f"{train.name}: expected 2 images or more to train on, got {len(train)}")
-    fingerprint = _fingerprint(model, task, train, validation, config, seed)
-    run = _begin(model, config, device)
+    if len(images) < 2:
+        raise DataError(f"{images.name}: expected 2 images or more to train on, got {len(images)}")
+    fabric = _fabric(config.precision, device, devices)
+    marks = _marks(network, task, images, validation, config, seed) | dict(identity or {})
+    run = _begin(network, task, images, targets, pressure, config, seed, fabric)
     if checkpoint is not None and checkpoint.exists():
-        _restore(run, checkpoint, fingerprint)
-    while run.epoch < config.epochs:
-        with _seeded(seed, run.epoch, device):
-            mean_loss = _train_epoch(run, task, train, targets, config, seed)
-        if not (
-            math.isfinite(mean_loss) and all(bool(torch.isfinite(value).all()) for value in run.model.parameters())
-        ):
-            kept = f"{checkpoint} holds epoch {run.epoch}" if checkpoint and run.epoch else "no epoch was finished"
-            raise ConfigError(
-                f"training broke in epoch {run.epoch + 1} of {config.epochs}: the loss is {mean_loss}; "
-                f"lower lr (now {config.lr:g}) or lengthen warmup, and train from the start ({kept})"
-            )
+        _restore(run, checkpoint, marks)
+    wrapped = fabric.setup(run.trainee, run.optimizer, move_to_device=False)
+    while run.epoch < epochs and not _is_stale(run, config):
+        with _seeded(seed, run.epoch, fabric.device):
+            losses = _train_epoch(run, wrapped, task, images, targets, config, epochs, seed, fabric, checkpoint)
         run.epoch += 1
-        score = task.evaluate(run.model, validation, device=device)[task.score]
+        # Noise that stays on in use is drawn here too: the same in every epoch, so that they are compared alike.
+        with _seeded(seed, 0, fabric.device):
+            score = task.evaluate(run.trainee.network, validation, device=fabric.device)[task.score]
+        run.history.append({**losses, f"validation_{task.score}": score})
         # Not >=: of equal epochs the first is kept, so that more epochs never change a tie.
-        if score > run.best_score:
-            run.best, run.best_score = _cloned(run.model.state_dict()), score
-        if checkpoint is not None:
-            _save(run, checkpoint, fingerprint)
+        if run.epoch > choose_after * epochs and score > run.best_score:
+            run.best, run.best_score, run.best_epoch = cloned(run.trainee.network.state_dict()), score, run.epoch
+        if checkpoint is not None and fabric.is_global_zero:
+            _save(run, checkpoint, marks)
+        if log is not None and fabric.is_global_zero:
+            log(run.epoch, run.history[-1])
         if progress is not None:
-            what = f"epoch {run.epoch} of {config.epochs}: loss {mean_loss:.3f}, {task.score} {score:.3f} on validation"
-            progress(what, run.epoch / config.epochs)
+            told = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            progress(
+                f"epoch {run.epoch} of {epochs}: {told}, {task.score} {score:.3f} on validation", run.epoch / epochs
+            )
     # Into a fresh copy: the one that was trained may lie on another device and in another memory format.
-    trained = copy.deepcopy(model)
+    trained = copy.deepcopy(network)
     trained.load_state_dict(run.best)
     return trained.eval()
 
 
-def _begin(model: nn.Module, config: Training, device: torch.device) -> _Run:
-    trained = copy.deepcopy(model).to(device)
+def _is_stale(run: _Run, config: Training) -> bool:
+    return config.patience is not None and run.best_epoch > 0 and run.epoch - run.best_epoch >= config.patience
+
+
+def _fabric(precision: str, device: torch.device, devices: int) -> Fabric:
+    is_half = has_fast_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    # It announces its precision and looks for a cluster to warn about; neither is news to the user.
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        which: Any = [device.index] if device.index is not None and devices == 1 else devices
+        accelerator = {"cuda": "cuda", "mps": "mps"}.get(device.type, "cpu")
+        fabric = Fabric(accelerator=accelerator, devices=which, precision="bf16-mixed" if is_half else "32-true")
+        if devices > 1:
+            fabric.launch()
+    return fabric
+
+
+def _begin(
+    network: nn.Module,
+    task: Task,
+    images: Images,
+    targets: Tensor,
+    pressure: Pressure,
+    config: Training,
+    seed: int,
+    fabric: Fabric,
+) -> _Run:
+    trained = copy.deepcopy(network)
+    if pressure.freezes_edge and isinstance(trained, Split):
+        trained.edge.requires_grad_(False)
+    if not any(value.requires_grad for value in trained.parameters()):
+        raise ConfigError(f"{type(network).__name__}: expected parameters that require gradients, got none to train")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        example = copy.deepcopy(trained).eval()(torch.from_numpy(images.floats(slice(0, 2))))
+    criterion = task.criterion(example, targets, seed=seed)
+    trainee = _Trainee(trained, criterion).to(fabric.device)
     if config.channels_last:
-        trained = trained.to(memory_format=torch.channels_last)
-    parameters = [value for value in trained.parameters() if value.requires_grad]
-    if not parameters:
-        raise ConfigError(f"{type(model).__name__}: expected parameters that require gradients, got none to train")
+        trainee = trainee.to(memory_format=torch.channels_last)
+    parameters = [value for value in trainee.parameters() if value.requires_grad]
     groups = [
         {"params": [value for value in parameters if value.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [value for value in parameters if value.ndim <= 1], "weight_decay": 0.0},
@@ -174,35 +286,95 @@ def _begin(model: nn.Module, config: Training, device: torch.device) -> _Run:
         optimizer = torch.optim.AdamW(groups, lr=config.lr)
     else:
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
-    return _Run(model=trained, optimizer=optimizer, best=_cloned(trained.state_dict()))
+    return _Run(
+        trainee=trainee,
+        pressure=pressure.to(fabric.device),
+        optimizer=optimizer,
+        best=cloned(trained.state_dict()),
+    )
 
 
-def _train_epoch(run: _Run, task: Task, images: Images, targets: Tensor, config: Training, seed: int) -> float:
-    """Mean loss of one pass over `images`, each seen once."""
+def _train_epoch(
+    run: _Run,
+    wrapped: Any,  # noqa: ANN401 - Fabric's own (module, optimizer)
+    task: Task,
+    images: Images,
+    targets: Tensor,
+    config: Training,
+    epochs: int,
+    seed: int,
+    fabric: Fabric,
+    checkpoint: Path | None,
+) -> dict[str, float]:
+    """Mean of the loss and of each of its terms over one pass of `task.batches`."""
     generator = torch.Generator().manual_seed(_epoch_seed(seed, run.epoch))
-    device = next(run.model.parameters()).device
-    # Even batches: a last one of a single image would break batch normalization.
-    n_batches = max(1, round(len(images) / config.batch_size))
-    batches = torch.randperm(len(images), generator=generator).tensor_split(n_batches)
-    total = torch.zeros((), device=device)
-    run.model.train()
-    for index, batch in enumerate(batches):
+    batches = task.batches(targets, config.batch_size, generator)
+    module, optimizer = wrapped
+    network, pressure, device = run.trainee.network, run.pressure, fabric.device
+    smoothing = config.label_smoothing if pressure.label_smoothing is None else pressure.label_smoothing
+    totals: dict[str, float] = {}
+    n_seen = 0
+    run.trainee.train()
+    if pressure.freezes_edge and isinstance(network, Split):
+        network.edge.eval()
+    for index, whole in enumerate(batches):
+        # Neighbors stay together: rows of one identity, which a metric loss compares, follow one another.
+        batch = whole.tensor_split(fabric.world_size)[fabric.global_rank]
+        rate = _rate(run.epoch * len(batches) + index, epochs * len(batches), config)
         for group in run.optimizer.param_groups:
-            group["lr"] = _rate(run.epoch * n_batches + index, config.epochs * n_batches, config)
+            group["lr"] = rate
         pixels = _augmented(torch.from_numpy(images.pixels[batch.numpy()]), config, generator).to(device)
         x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=_is_bfloat16(config.precision, device)):
-            outputs = run.model(x)
-        loss = task.loss(outputs.float(), targets[batch].to(device), label_smoothing=config.label_smoothing)
-        run.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        wanted = targets[batch].to(device)
+        features, outputs, task_loss = module(x, wanted, smoothing)
+        terms = {"task": pressure.task_weight * task_loss}
+        if isinstance(network, Split):
+            seen = Batch(
+                images=x,
+                features=features,
+                outputs=outputs,
+                targets=wanted,
+                done=(run.epoch + index / len(batches)) / epochs,
+                autocast=fabric.autocast,
+            )
+            pressure.before(network, seen)
+            terms |= pressure.terms(network, seen)
+        loss = torch.stack(list(terms.values())).sum()
+        values = {"loss": float(loss.detach())} | {name: float(term.detach()) for name, term in terms.items()}
+        _check_finite(run, values, config, epochs, checkpoint)
+        optimizer.zero_grad(set_to_none=True)
+        fabric.backward(loss)
         if config.gradient_norm is not None:
-            nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_norm)
-        run.optimizer.step()
-        total += loss.detach() * len(batch)
-    return float(total) / len(images)
+            fabric.clip_gradients(module, optimizer, max_norm=config.gradient_norm, error_if_nonfinite=False)
+        optimizer.step()
+        if isinstance(network, Split):
+            pressure.after(network, learning_rate=rate)
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + value * len(batch)
+        n_seen += len(batch)
+    for name, parameter in run.trainee.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            _check_finite(run, {name.removeprefix("network."): math.nan}, config, epochs, checkpoint)
+    means = {name: total / n_seen for name, total in totals.items()}
+    return means if len(means) > 2 else {"loss": means["loss"]}
+
+
+def _check_finite(
+    run: _Run, values: Mapping[str, float], config: Training, epochs: int, checkpoint: Path | None
+) -> None:
+    broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if not broken:
+        return
+    # The loss is the sum of the others; where one of them is broken, it is that one that is to be mended.
+    name = next((name for name in broken if name != "loss"), "loss")
+    kept = f"{checkpoint} holds epoch {run.epoch}" if checkpoint and run.epoch else "no epoch was finished"
+    raise ConfigError(
+        f"training broke in epoch {run.epoch + 1} of {epochs}: the loss is {values.get('loss', broken[name])}, through "
+        f"{name!r}; lower lr (now {config.lr:g}), the weight of that term, or lengthen warmup, and train from the "
+        f"start ({kept})"
+    )
 
 
 def _rate(step: int, steps: int, config: Training) -> float:
@@ -235,10 +407,6 @@ def _offsets(n: int, shift: int, generator: torch.Generator) -> Int[Tensor, "n 1
     return torch.randint(-shift, shift + 1, (n, 1), generator=generator)
 
 
-def _is_bfloat16(precision: str, device: torch.device) -> bool:
-    return has_fast_bfloat16(device) if precision == "auto" else precision == "bfloat16"
-
-
 def _epoch_seed(seed: int, epoch: int) -> int:
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -256,17 +424,12 @@ def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _cloned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy on the CPU in plain memory order, which is what a file holds."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
-
-
-def _fingerprint(
-    model: nn.Module, task: Task, train: Images, validation: Images, config: Training, seed: int
+def _marks(
+    network: nn.Module, task: Task, images: Images, validation: Images, config: Training, seed: int
 ) -> dict[str, str]:
     """What makes two runs the same run, so that a checkpoint is never taken for that of another."""
     weights = hashlib.sha256()
-    for name, value in _cloned(model.state_dict()).items():
+    for name, value in cloned(network.state_dict()).items():
         weights.update(name.encode())
         weights.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return {
@@ -274,7 +437,7 @@ def _fingerprint(
         "training options": json.dumps(dataclasses.asdict(config), sort_keys=True),
         "seed": str(seed),
         "initial weights": weights.hexdigest(),
-        "training images": _hash(train, task.targets(train)),
+        "training images": _hash(images, task.targets(images)),
         "validation images": _hash(validation, task.targets(validation)),
     }
 
@@ -286,43 +449,30 @@ def _hash(images: Images, targets: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _save(run: _Run, path: Path, fingerprint: Mapping[str, str]) -> None:
-    """One file for tensors and, in its header, the rest as JSON: two files could be of two epochs after a crash."""
-    tensors = {f"model/{name}": value for name, value in run.model.state_dict().items()}
+def _save(run: _Run, path: Path, marks: Mapping[str, str]) -> None:
+    tensors = {f"network/{name}": value for name, value in run.trainee.network.state_dict().items()}
+    tensors |= {f"criterion/{name}": value for name, value in run.trainee.criterion.state_dict().items()}
+    tensors |= {f"pressure/{name}": value for name, value in run.pressure.state_dict().items()}
+    tensors |= {f"held/{name}": value for name, value in run.pressure.held().items()}
     tensors |= {f"best/{name}": value for name, value in run.best.items()}
     for index, slots in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items()}
-    header = {"fingerprint": dict(fingerprint), "epoch": run.epoch, "best_score": run.best_score}
-    write_bytes(path, safetensors.torch.save(_cloned(tensors), metadata={"louver": json.dumps(header)}))
+    header = {
+        "epoch": run.epoch,
+        "best_score": run.best_score,
+        "best_epoch": run.best_epoch,
+        "history": run.history,
+    }
+    write_checkpoint(path, tensors, header, marks)
 
 
-def _restore(run: _Run, path: Path, fingerprint: Mapping[str, str]) -> None:
-    remedy = "remove it to train from the start, or name another file"
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["louver"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: not a training checkpoint, or damaged ({error}); {remedy}") from error
-    other = [what for what, value in fingerprint.items() if header["fingerprint"].get(what) != value]
-    if other:
-        raise WeightsError(f"{path}: the checkpoint is of a run with another {', '.join(other)}; {remedy}")
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
-    for name, value in tensors.items():
-        part, _, rest = name.partition("/")
-        parts[part][rest] = value
-    run.model.load_state_dict(parts["model"])
-    run.best, run.best_score, run.epoch = parts["best"], header["best_score"], header["epoch"]
-    _restore_optimizer(run.optimizer, parts["optimizer"])
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, slots: Mapping[str, Tensor]) -> None:
-    parameters = [value for group in optimizer.param_groups for value in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in slots.items():
-        index, _, slot = name.partition("/")
-        like = parameters[int(index)]
-        # In the memory order of its parameter: a kernel for another order may round differently.
-        is_alike = value.shape == like.shape
-        state.setdefault(int(index), {})[slot] = torch.empty_like(like).copy_(value) if is_alike else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _restore(run: _Run, path: Path, marks: Mapping[str, str]) -> None:
+    parts, header = read_checkpoint(path, marks)
+    run.trainee.network.load_state_dict(parts.get("network", {}))
+    run.trainee.criterion.load_state_dict(parts.get("criterion", {}))
+    run.pressure.load_state_dict(parts.get("pressure", {}))
+    run.pressure.hold(parts.get("held", {}))
+    run.best = parts["best"]
+    run.best_score, run.best_epoch = header["best_score"], header["best_epoch"]
+    run.epoch, run.history = header["epoch"], header["history"]
+    restore_optimizer(run.optimizer, parts.get("optimizer", {}))

@@ -59,7 +59,7 @@ def test_small_pictures_grow_by_whole_steps_and_large_ones_shrink(size, shown):
     ],
 )
 def test_ticks_are_round_and_cover(low, high, base, ticks):
-    assert figures._nice_ticks(low, high, base=base) == pytest.approx(ticks)
+    assert figures.nice_ticks(low, high, base=base) == pytest.approx(ticks)
 
 
 def test_lines_go_up_with_their_values_and_stay_inside():
@@ -81,7 +81,7 @@ def test_a_missing_or_endless_value_leaves_a_gap():
 
 
 def test_lines_differ_without_color():
-    seen = {(figures._style(i)[1], figures._marker(i, 0, 0)) for i in range(6)}
+    seen = {(figures._style(i)[1], figures.marker_path(i, 0, 0)) for i in range(6)}
     assert len(seen) == 6
     assert len({figures.series_key(i) for i in range(18)}) == 18
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from louver.attacks.linear import feature_statistics
 from louver.attacks.mean_image import Constant, mean_image
 from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError
+from louver.stochastic import silenced
 
 __all__ = ["Likelihood"]
 
@@ -135,10 +135,11 @@ class _Setting:
 def frozen(edge: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
     """A copy of the edge made for gradients with respect to its input alone.
 
-    Weights take no gradients, and batch normalisation is folded into the convolution before it where torch.fx can
-    see both; the copy is kept only if its features are those of the edge.
+    Weights take no gradients. Noise of a defense is off: the likeliest picture is the one closest without it. Batch
+    normalisation is folded into the convolution before it where torch.fx can see both; the copy is kept only if its
+    features are those of the edge.
     """
-    copied = copy.deepcopy(edge).eval().requires_grad_(False)
+    copied = silenced(edge).eval().requires_grad_(False)
     copied = copied.to(memory_format=torch.channels_last)
     if not isinstance(copied, torch.fx.GraphModule):
         return copied

@@ -15,7 +15,18 @@ from PIL import Image
 
 from louver.errors import DataError
 
-__all__ = ["Point", "Series", "line_chart", "picture_size", "picture_uri", "series_key"]
+__all__ = [
+    "Point",
+    "Series",
+    "line_chart",
+    "marker_path",
+    "nice_ticks",
+    "path_through",
+    "picture_size",
+    "picture_uri",
+    "series_key",
+    "text_at",
+]
 
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "1 4")
 _N_COLORS = 6
@@ -75,7 +86,7 @@ def picture_size(height: int, width: int, *, wish: int = 112, most: int = 256) -
 # ---------------------------------------------------------------- charts
 
 
-def _nice_ticks(low: float, high: float, *, base: int = 1000, about: int = 4) -> tuple[float, ...]:
+def nice_ticks(low: float, high: float, *, base: int = 1000, about: int = 4) -> tuple[float, ...]:
     """Round values from at or below `low` to at or above `high`, round after division by the power of `base` below."""
     if not high > low:
         pad = abs(low) * 0.1 or 1.0
@@ -89,7 +100,7 @@ def _nice_ticks(low: float, high: float, *, base: int = 1000, about: int = 4) ->
     return tuple(index * step * unit for index in range(first, last + 1))
 
 
-def _marker(kind: int, x: float, y: float, size: float = 4.2) -> str:
+def marker_path(kind: int, x: float, y: float, size: float = 4.2) -> str:
     """One of six shapes, so that lines differ without color."""
     s, d = size, 1.3 * size
     shapes = {
@@ -114,7 +125,7 @@ def series_key(index: int) -> Markup:
     name, dash = _style(index)
     return Markup(
         f'<svg class="key {name}" viewBox="0 0 44 14" width="44" height="14" aria-hidden="true" focusable="false">'
-        f'<path class="line" d="M1 7H43"{dash}/><path class="mark" d="{_marker(index, 22, 7)}"/></svg>'
+        f'<path class="line" d="M1 7H43"{dash}/><path class="mark" d="{marker_path(index, 22, 7)}"/></svg>'
     )
 
 
@@ -175,7 +186,8 @@ class _Frame:
         return self.bottom - (self.bottom - self.top) * (inside - low) / (high - low)
 
 
-def _path(points: Sequence[tuple[float, float]]) -> str:
+def path_through(points: Sequence[tuple[float, float]]) -> str:
+    """A line through `points`, as path data."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
@@ -184,7 +196,7 @@ def _axes(frame: _Frame, places: Sequence[str], number: Callable[[float], str], 
     for tick in frame.ticks:
         y = frame.at_y(tick)
         parts.append(f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.right}"/>')
-        parts.append(_text("tick", frame.left - 7, y + 4, number(tick), anchor="end"))
+        parts.append(text_at("tick", frame.left - 7, y + 4, number(tick), anchor="end"))
     parts.append(f'<path class="axis" d="M{frame.left} {frame.bottom}H{frame.right}"/>')
     for index, place in enumerate(places):
         x = frame.at_x(index)
@@ -193,11 +205,12 @@ def _axes(frame: _Frame, places: Sequence[str], number: Callable[[float], str], 
             turn = f' transform="translate({x + 4:.1f} {frame.bottom + 15}) rotate(-32)"'
             parts.append(f'<text class="tick" text-anchor="end"{turn}>{escape(_short(place, MARK_LENGTH))}</text>')
         else:
-            parts.append(_text("tick", x, frame.bottom + 19, _short(place, 24), anchor="middle"))
+            parts.append(text_at("tick", x, frame.bottom + 19, _short(place, 24), anchor="middle"))
     return parts
 
 
-def _text(name: str, x: float, y: float, text: str, *, anchor: str = "start") -> str:
+def text_at(name: str, x: float, y: float, text: str, *, anchor: str = "start") -> str:
+    """A line of text of the class `name`."""
     return f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
@@ -209,7 +222,7 @@ def _floor_line(frame: _Frame, floor: Sequence[float | None]) -> list[str]:
             # A single place has no line to draw: its floor is a short bar.
             ((x, y),) = drawn
             drawn = [(x - 22, y), (x + 22, y)]
-        parts.append(f'<path class="floor" d="{_path(drawn)}"/>')
+        parts.append(f'<path class="floor" d="{path_through(drawn)}"/>')
     return parts
 
 
@@ -221,7 +234,7 @@ def _interval(frame: _Frame, run: Sequence[tuple[int, Point]], name: str) -> lis
         if point.low is not None and point.high is not None and not (math.isnan(point.low) or math.isnan(point.high))
     ]
     outline = [(x, high) for x, _, high in known] + [(x, low) for x, low, _ in reversed(known)]
-    parts = [f'<path class="band {name}" d="{_path(outline)}z"/>'] if len(known) > 1 else []
+    parts = [f'<path class="band {name}" d="{path_through(outline)}z"/>'] if len(known) > 1 else []
     for x, low, high in known:
         bar = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
         parts.append(f'<path class="whisker {name}" d="{bar}"/>')
@@ -236,8 +249,8 @@ def _line(frame: _Frame, line: Series, index: int) -> tuple[list[str], list[str]
         drawn = [(frame.at_x(i), frame.at_y(point.value)) for i, point in run]
         under += _interval(frame, run, name)
         if len(drawn) > 1:
-            under.append(f'<path class="line {name}" d="{_path(drawn)}"{dash}/>')
-        over += [f'<path class="mark {name}" d="{_marker(index, x, y)}"/>' for x, y in drawn]
+            under.append(f'<path class="line {name}" d="{path_through(drawn)}"{dash}/>')
+        over += [f'<path class="mark {name}" d="{marker_path(index, x, y)}"/>' for x, y in drawn]
     return under, over
 
 
@@ -248,7 +261,7 @@ def _values(frame: _Frame, line: Series, number: Callable[[float], str]) -> list
         for index, point in run:
             y = frame.at_y(point.value)
             lift = -9 if y > frame.top + 14 else 18
-            parts.append(_text("value", frame.at_x(index), y + lift, number(point.value), anchor="middle"))
+            parts.append(text_at("value", frame.at_x(index), y + lift, number(point.value), anchor="middle"))
     return parts
 
 
@@ -263,7 +276,8 @@ def _end_labels(frame: _Frame, series: Sequence[Series], floor: Sequence[float |
             ends.append((frame.at_y(runs[-1][-1][1].value), name, text))
     heights = _spread([y for y, _, _ in ends], 15, frame.top + 4, frame.bottom - 2)
     return [
-        _text(name, frame.right + 6, y + 4, _short(text, 13)) for y, (_, name, text) in zip(heights, ends, strict=True)
+        text_at(name, frame.right + 6, y + 4, _short(text, 13))
+        for y, (_, name, text) in zip(heights, ends, strict=True)
     ]
 
 
@@ -300,7 +314,7 @@ def line_chart(
         top=14,
         bottom=height - (90 if is_slanted else 34),
         n_places=n,
-        ticks=_nice_ticks(min(drawable), max(drawable), base=base),
+        ticks=nice_ticks(min(drawable), max(drawable), base=base),
     )
 
     parts = _axes(frame, places, number, is_slanted=is_slanted)

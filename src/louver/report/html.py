@@ -23,7 +23,7 @@ try:
 except ImportError as error:  # pragma: no cover - the lab extra is always there in tests
     raise MissingExtraError("reports need the lab extra: pip install 'louver[lab]'") from error
 
-__all__ = ["render", "write_report"]
+__all__ = ["environment", "render", "write_report"]
 
 N_MAIN_CHARTS = 4
 """So many measures are drawn in the open; the rest is one click away."""
@@ -441,7 +441,8 @@ def _picture_bytes(panels: Sequence[Panel]) -> str | None:
     return words.bytes_in_words(panels[0].truth[0].nbytes) if panels and len(panels[0].truth) else None
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """What turns the templates of this folder into text; everything that is put in is escaped."""
     folder = resources.files("louver.report")
     return jinja2.Environment(
         autoescape=True,
@@ -468,7 +469,7 @@ def render(audit: Audit, panels: Sequence[Panel] = ()) -> str:
     charts = [_leakage_chart(i, audit, places, attacks, measure) for i, measure in enumerate(measures, start=1)]
     folder = resources.files("louver.report")
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             audit=audit,

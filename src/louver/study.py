@@ -1,0 +1,367 @@
+"""One defended split, from training to judgement, kept in a folder that comparisons read.
+
+Beside the files of hardening and audit the folder holds `facts.json`: utility, leakage, information and secondary
+inference, each with its interval and its floor or chance.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from louver.attacks import Attack
+from louver.audit import FLOOR, Settings, audit
+from louver.cut import Split
+from louver.defenses import Defense
+from louver.errors import DataError
+from louver.features import ImageRows, compute_features, drawing_from
+from louver.hardening import Origin, describe, harden, save_split
+from louver.logs import Log
+from louver.measures.information import (
+    distance_correlation,
+    effective_dimensions,
+    effective_volume,
+    feature_entropy,
+    intra_class_radius,
+    mutual_information,
+)
+from louver.measures.ranking import rank_privacy
+from louver.measures.statistics import summarize
+from louver.probes import LinearProbe, NeighborProbe, Probe, ProbeResult, TailProbe, completion, probe, reidentify
+from louver.runs import RunFolder
+from louver.stochastic import Noise, Stochastic, silenced
+from louver.storage import write_json
+from louver.tasks import Attributes, Classification, ReIdentification, Task, answers, retrieval
+from louver.thresholds import Rule
+from louver.training import Training
+from louver.types import Audit, Images, Roles, Threat
+
+__all__ = ["Judging", "study"]
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """How a defended split is judged.
+
+    attacks, settings: of the audit. private: label columns that the task does not need, which probes try to recover
+    from features, and with `on_reconstructions` from what the strongest attack rebuilt. identity: a column whose
+    values differ between the attacker's images and the test images, for nearest-neighbor re-identification; camera: its
+    junk rule. completion_counts: labelled examples a class for model completion. information_images: how many test and
+    auxiliary images the information measures look at; mine_steps: of each critic.
+    """
+
+    attacks: Mapping[str, Attack]
+    settings: Settings = field(default_factory=Settings)
+    private: tuple[str, ...] = ()
+    identity: str | None = None
+    camera: str | None = None
+    on_reconstructions: bool = False
+    completion_counts: tuple[int, ...] = ()
+    information_images: int = 2000
+    mine_steps: int = 600
+    mine_seeds: int = 3
+
+
+def study(
+    halves: Split,
+    origin: Origin,
+    roles: Roles,
+    task: Task,
+    judging: Judging,
+    *,
+    config: Training | None,
+    folder: Path,
+    name: str,
+    group: str = "",
+    knob: str | None = None,
+    strength: float | None = None,
+    variant: str = "",
+    label: str | None = None,
+    threat: Threat | None = None,
+    rules: Sequence[Rule] = (),
+    notes: Sequence[str] = (),
+    table: Mapping[str, object] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    devices: int = 1,
+    progress: Progress | None = None,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Hardens `halves` with `origin.defense`, audits the result, and writes `facts.json`; returns its content.
+
+    Without `config` the split is judged as it is. The probes learn from the attacker's auxiliary images and their
+    labels, and are scored on the test images that the audit drew.
+
+    Raises:
+        LouverError: whatever `harden`, `audit` and the probes refuse. Nothing is written then: no facts, no privacy.
+    """
+    tell = progress or (lambda what, fraction: None)
+    defense = origin.defense
+    started = time.monotonic()
+    hard = halves
+    if config is not None:
+        hard = harden(
+            halves,
+            task,
+            roles.train,
+            roles.validation,
+            defense,
+            config=config,
+            seed=seed,
+            folder=folder,
+            progress=lambda what, fraction: tell(f"harden: {what}", 0.4 * fraction),
+            log=log,
+            device=device,
+            devices=devices,
+        )
+    save_split(hard, folder, origin)
+    hardened = time.monotonic()
+    found = audit(
+        [hard],
+        roles,
+        judging.attacks,
+        task=task if isinstance(task, Classification) else None,
+        label=label,
+        threat=threat,
+        rules=rules,
+        notes=notes,
+        config=table,
+        settings=judging.settings,
+        seed=seed,
+        name=name,
+        defense=defense_name(defense),
+        folder=folder,
+        device=device,
+        progress=lambda what, fraction: tell(f"audit: {what}", 0.4 + 0.4 * fraction),
+    )
+    audited = time.monotonic()
+    tell("information and probes", 0.85)
+    sent = _Sent(hard, roles, judging, seed, torch.device(device), folder)
+    facts: dict[str, Any] = {
+        "format": 1,
+        "name": name,
+        "group": group,
+        "defense": defense_name(defense),
+        "knobs": defense_knobs(defense),
+        "knob": knob,
+        "strength": strength,
+        "variant": variant,
+        "is_trained": config is not None,
+        "cut": hard.cut.name,
+        "edge_macs": hard.cut.cost.edge.macs,
+        "edge_parameters": hard.cut.cost.edge.parameters,
+        "edge_weight_bytes": hard.cut.cost.edge.weight_bytes,
+        "feature_bytes": hard.cut.cost.feature_bytes,
+        "feature_shape": list(hard.cut.feature_shape),
+        "seed": seed,
+        "task": repr(task),
+        "utility": utility(task, hard, roles.test, seed=seed, device=device),
+        "leakage": _leakage(found),
+        "information": _information(sent, task, judging, seed),
+        "probes": _probes(sent, hard, judging, found, folder, seed, device),
+        "completion": _completion(sent, hard, task, judging, seed, device),
+        "rank_privacy": _rank_privacy(hard, sent, seed),
+    }
+    facts["seconds"] = {
+        "harden": round(hardened - started, 1),
+        "audit": round(audited - hardened, 1),
+        "all": round(time.monotonic() - started, 1),
+    }
+    write_json(folder / "facts.json", facts)
+    tell("done", 1.0)
+    return facts
+
+
+def defense_name(defense: Defense) -> str:
+    """The name that files use for the kind of `defense`."""
+    name: str = json.loads(describe(defense))[0]
+    return name
+
+
+def defense_knobs(defense: Defense) -> dict[str, Any]:
+    """Its knobs as JSON values."""
+    knobs: dict[str, Any] = json.loads(describe(defense))[1]
+    return knobs
+
+
+def utility(
+    task: Task, model: torch.nn.Module, images: Images, *, seed: int, device: torch.device | str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """Each figure of the task with its 95 % interval over images (queries, for re-identification).
+
+    Raises:
+        DataError: a task of a kind that has no figures image by image.
+    """
+    with drawing_from(seed, torch.device(device)):
+        if isinstance(task, Classification):
+            outputs = answers(model, images, lambda _: None, device=device)
+            values = {"accuracy": (outputs.argmax(1) == task.targets(images)).double().numpy()}
+        elif isinstance(task, ReIdentification):
+            outputs = answers(model, images, task.check, device=device)
+            cameras = None if task.camera is None else torch.from_numpy(images.column(task.camera))
+            found = retrieval(outputs.float(), task.targets(images), cameras)
+            values = {
+                "mAP": found.average_precision,
+                "rank1": (found.first_hit <= 1).astype(np.float64),
+                "rank5": (found.first_hit <= 5).astype(np.float64),
+            }
+        elif isinstance(task, Attributes):
+            outputs = answers(model, images, lambda _: None, device=device)
+            wanted, parts = task.targets(images), outputs.split(list(task.columns.values()), dim=1)
+            right = [(part.argmax(1) == wanted[:, k]).double().numpy() for k, part in enumerate(parts)]
+            values = {"accuracy": np.mean(right, 0)}
+            values |= {f"accuracy.{column}": hits for column, hits in zip(task.columns, right, strict=True)}
+        else:
+            raise DataError(f"{type(task).__name__} has no figures image by image; evaluate it by itself")
+    return {name: _interval(per_image, seed) for name, per_image in values.items()}
+
+
+def _interval(per_image: NDArray[np.float64], seed: int) -> dict[str, float]:
+    found = summarize(per_image, np.zeros_like(per_image), "high", seed=seed)
+    return {"mean": found.mean, "low": found.low, "high": found.high, "n": len(per_image)}
+
+
+def _leakage(found: Audit) -> list[dict[str, Any]]:
+    keys = ("attack", "measure", "unit", "leaks_when", "mean", "low", "high", "worst", "worst_low", "worst_high")
+    more = ("floor", "n_images", "beats_floor")
+    return [{key: asdict(row)[key] for key in (*keys, *more)} for row in found.rows if row.attack != FLOOR]
+
+
+class _Sent:
+    """What the defended edge sends: for the test images that were scored, and for the attacker's own."""
+
+    def __init__(
+        self, hard: Split, roles: Roles, judging: Judging, seed: int, device: torch.device, folder: Path
+    ) -> None:
+        index = RunFolder(folder).truth_index()
+        self.test = roles.test.take(index)
+        count = len(roles.auxiliary)
+        order = np.random.default_rng(seed + 3).permutation(count)
+        # Probes choose on a tenth of the attacker's images, as attacks do.
+        self.validation_images = roles.auxiliary.take(np.sort(order[: max(2, count // 10)]))
+        self.train_images = roles.auxiliary.take(np.sort(order[max(2, count // 10) :]))
+
+        def features(images: Images, noise_seed: int) -> Tensor:
+            rows = compute_features(
+                hard.edge, ImageRows(images), hard.cut.feature_shape, device=device, memory_bytes=2**31, seed=noise_seed
+            )
+            return rows.rows(np.arange(len(images)))
+
+        self.features = {
+            "test": features(self.test, seed + 11),
+            "train": features(self.train_images, seed + 12),
+            "validation": features(self.validation_images, seed + 13),
+        }
+        self.images = {"test": self.test, "train": self.train_images, "validation": self.validation_images}
+
+
+def _information(sent: _Sent, task: Task, judging: Judging, seed: int) -> dict[str, Any]:
+    n = judging.information_images
+    x = torch.cat([torch.from_numpy(sent.images[role].floats(slice(0, n))) for role in ("test", "train")])[:n]
+    z = torch.cat([sent.features[role][:n] for role in ("test", "train")])[:n]
+    mine = mutual_information(x, z, seeds=judging.mine_seeds, steps=judging.mine_steps, seed=seed)
+    entropy = feature_entropy(z)
+    out: dict[str, Any] = {
+        "mine": {"mean": mine.value, "low": mine.low, "high": mine.high, "unit": "nats, lower bound"},
+        "entropy": {"mean": entropy.total_bits, "unit": "bits"},
+        "effective_volume": {"mean": effective_volume(z), "unit": "elements that are not 0"},
+        "effective_dimensions": {"mean": effective_dimensions(z), "unit": "directions"},
+        "distance_correlation": {"mean": float(distance_correlation(x[:512], z[:512])), "unit": "0 to 1"},
+    }
+    targets = task.targets(sent.test)
+    if targets.ndim == 1 and len(targets.unique()) * 2 <= len(targets):
+        out["intra_class_radius"] = {"mean": intra_class_radius(sent.features["test"], targets), "unit": "of variance"}
+    return out
+
+
+def _probe_row(column: str, on: str, found: ProbeResult) -> dict[str, Any]:
+    keys = ("probe", "accuracy", "low", "high", "chance", "uniform_chance", "beats_chance", "n")
+    return {"column": column, "on": on, **{key: asdict(found)[key] for key in keys}}
+
+
+def _probes(
+    sent: _Sent, hard: Split, judging: Judging, found: Audit, folder: Path, seed: int, device: torch.device | str
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for column in judging.private:
+        labels = {role: images.column(column) for role, images in sent.images.items()}
+        probes: list[Probe] = [LinearProbe(), NeighborProbe(), TailProbe(cloud=hard.cloud)]
+        results = probe(probes, sent.features, labels, seed=seed, device=device)
+        rows += [_probe_row(column, "features", result) for result in results]
+    if judging.identity is not None:
+        labels_of = sent.test.column(judging.identity)
+        cameras = None if judging.camera is None else sent.test.column(judging.camera)
+        seen = reidentify(sent.features["test"], labels_of, cameras, seed=seed, device=device)
+        keys = ("accuracy", "low", "high", "chance", "beats_chance")
+        facts = {key: asdict(seen)[key] for key in keys}
+        rows.append(
+            {"column": judging.identity, "on": "features", "probe": "nearest image", **facts, "n": seen.n_queries}
+        )
+    if judging.on_reconstructions and judging.private:
+        rows += _probes_on_pictures(sent, judging, found, folder, seed, device)
+    return rows
+
+
+def _probes_on_pictures(
+    sent: _Sent, judging: Judging, found: Audit, folder: Path, seed: int, device: torch.device | str
+) -> list[dict[str, Any]]:
+    """Probes that learn on the attacker's true pictures and look at what the strongest attack rebuilt."""
+    scored = [row for row in found.rows if row.measure == "ssim" and row.attack != FLOOR]
+    strongest = max(scored, key=lambda row: row.mean)
+    rebuilt = RunFolder(folder).pictures(strongest.cut, strongest.attack)
+    count = len(rebuilt)
+    pictures = {role: torch.from_numpy(images.floats()) for role, images in sent.images.items()}
+    pictures["test"] = torch.from_numpy(rebuilt.astype(np.float32) / 255)
+    rows = []
+    for column in judging.private:
+        labels = {role: images.column(column) for role, images in sent.images.items()}
+        labels["test"] = labels["test"][:count]
+        results = probe([TailProbe()], pictures, labels, seed=seed, device=device)
+        rows += [_probe_row(column, f"reconstructions ({strongest.attack})", result) for result in results]
+    return rows
+
+
+def _completion(
+    sent: _Sent, hard: Split, task: Task, judging: Judging, seed: int, device: torch.device | str
+) -> list[dict[str, Any]]:
+    if not judging.completion_counts or not isinstance(task, Classification):
+        return []
+    labels = {role: images.column(task.column) for role, images in sent.images.items()}
+    results = completion(
+        hard.cloud, sent.features, labels, counts=judging.completion_counts, seed=seed, device=device, steps=150
+    )
+    return [{key: value for key, value in asdict(one).items() if isinstance(value, int | float)} for one in results]
+
+
+def _rank_privacy(hard: Split, sent: _Sent, seed: int) -> dict[str, float] | None:
+    """How well a picture's noisy features hide among those of the other test pictures; None without noise."""
+    layers = [layer for layer in hard.edge.modules() if isinstance(layer, Noise)]
+    if not layers or any(isinstance(m, Stochastic) and not isinstance(m, Noise) for m in hard.edge.modules()):
+        return None
+    pictures = torch.from_numpy(sent.test.floats())
+    quiet = silenced(hard.edge).eval()
+    with torch.no_grad():
+        clean = torch.cat([quiet(part.to(next(iter(quiet.parameters())).device)).cpu() for part in pictures.split(256)])
+    found = rank_privacy(clean, sent.features["test"], float(layers[-1].std))
+    ranks, hits = _interval(found.ranks, seed), _interval(found.hits, seed)
+    return {
+        "privacy": found.privacy,
+        "low": ranks["low"],
+        "high": ranks["high"],
+        "chance": found.chance,
+        "top1": found.top1,
+        "top1_low": hits["low"],
+        "top1_high": hits["high"],
+        "n": len(found.ranks),
+    }

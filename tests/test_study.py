@@ -1,0 +1,195 @@
+"""A hardened split from a file to its facts, as `louver harden` makes them."""
+
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+
+from louver.bench import BENCHES, run_bench
+from louver.cli import main
+from louver.config import read_experiment
+from louver.data import data_root, streets
+from louver.errors import ConfigError, DataError, MissingExtraError
+from louver.experiment import run_experiment
+from louver.hardening import load_split
+from louver.logs import logging_to
+from louver.models import load_model
+from louver.study import utility
+from louver.tasks import Attributes, Classification, ReIdentification
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "data": {
+        "train": "streets/1[:1100]",
+        "validation": "streets/2[:64]",
+        "test": "streets/3[:64]",
+        "auxiliary": "streets/4[:120]",
+    },
+    "attacks": {"decoder": {"width": 64, "blocks": 1, "epochs": 2, "restarts": 1, "test_images": 32}},
+}
+
+
+def example(**sections):
+    """The example file, small enough for a test."""
+    table = tomllib.loads((ROOT / "examples/streets-siftfunnel.toml").read_text())
+    table |= SMALL | {"thresholds": []} | sections
+    table["audit"] = table["audit"] | {"test_images": 40}
+    for section in ("training", "hardening"):
+        if table.get(section):
+            table[section] = table[section] | {"epochs": 2, "batch_size": 32}
+    return {name: value for name, value in table.items() if value is not None}
+
+
+def written(path, table):
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+def test_the_example_runs_whole(tmp_path):
+    experiment = read_experiment(written(tmp_path / "run.toml", example()))
+    told = []
+    audit = run_experiment(
+        experiment, tmp_path / "run", progress=lambda *a: told.append(a), log=lambda epoch, f: told.append((epoch, f))
+    )
+    facts = json.loads((tmp_path / "run/facts.json").read_text())
+    assert audit.cuts[0].feature_shape == (8, 16, 16) == tuple(facts["feature_shape"])
+    assert {row.defense for row in audit.findings} == {"siftfunnel"}
+    assert set(facts["utility"]) == {"mAP", "rank1", "rank5"}
+    for figure in (*facts["utility"].values(), *facts["leakage"]):
+        assert figure["low"] <= figure["mean"] <= figure["high"]
+    assert {(row["column"], row["on"].split()[0]) for row in facts["probes"]} == {
+        (column, on) for column in ("place", "pedestrian") for on in ("features", "reconstructions")
+    }
+    assert all(0 <= row["chance"] <= 1 and row["low"] <= row["accuracy"] <= row["high"] for row in facts["probes"])
+    assert all(math.isfinite(entry["mean"]) for entry in facts["information"].values())
+    assert {"mine", "entropy", "effective_volume", "distance_correlation"} <= set(facts["information"])
+    fractions = [entry[1] for entry in told if isinstance(entry[0], str)]
+    assert fractions == sorted(fractions)
+    metrics = [entry[1] for entry in told if isinstance(entry[0], int)]
+    assert {"task", "distance correlation", "channel correlation", "sparsity"} <= set(metrics[0])
+    hard = load_split(tmp_path / "run")
+    assert hard.cut.feature_shape == (8, 16, 16)
+    # Again in the same folder: nothing is trained or attacked again, and the facts are the same.
+    told.clear()
+    run_experiment(experiment, tmp_path / "run", log=lambda epoch, f: told.append((epoch, f)))
+    again = json.loads((tmp_path / "run/facts.json").read_text())
+    assert told == []
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in facts.items() if k != "seconds"}
+
+
+def test_hardening_may_start_from_nothing_and_its_metrics_are_kept(tmp_path, monkeypatch, capsys):
+    table = example(
+        training=None, task=None, probes=None, defense={"kind": "hybrid", "components": 6, "noise_scale": "relative"}
+    )
+    table["data"] = table["data"] | {"label": "body"}
+    table["model"] = {"name": "street_net"}
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "run.toml", table)
+    monkeypatch.setattr("sys.argv", ["louver", "harden", "run.toml", "--json", "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, 1)
+    assert json.loads(capsys.readouterr().out)["name"] == "streets-siftfunnel"
+    folder = tmp_path / "runs/streets-siftfunnel"
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["rank_privacy"]["chance"] == pytest.approx(39 / 80)
+    assert 0 <= facts["rank_privacy"]["low"] <= facts["rank_privacy"]["privacy"] <= facts["rank_privacy"]["high"] <= 1
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 1]
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"defense": {"kind": "prayer"}}, "unknown|expected a kind, got 'prayer'"),
+        ({"defense": {"kind": "siftfunnel", "channel": 3}}, "unknown key 'channel'; nearest: channels"),
+        ({"hardening": None}, r"\[defense\] and \[hardening\] together"),
+        (
+            {"audit": {"cuts": ["stage1", "stage2"], "measures": ["psnr", "ssim"]}},
+            "one cut in audit.cuts to harden, got 2",
+        ),
+        (
+            {"defense": {"kind": "siftfunnel"}, "audit": {"cuts": ["flatten"], "measures": ["psnr", "ssim"]}},
+            "no channel dimension for a funnel",
+        ),
+        ({"defense": {"kind": "patrol", "target_macs": 5}}, "MAC"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_does_not_fit_is_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        run_experiment(read_experiment(written(tmp_path / "run.toml", example(**change))), tmp_path / "run")
+    assert not (tmp_path / "run/facts.json").exists()
+
+
+def test_a_file_without_a_defense_cannot_be_hardened(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["louver", "harden", str(ROOT / "examples/cifar10-resnet20.toml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "[defense]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs"),
+    [
+        (Classification("body", 6), 6),
+        (ReIdentification(), 16),
+        (Attributes(columns={"body": 6, "color": 8}), 14),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_utility_is_what_the_task_evaluates(task, outputs):
+    images = streets(60, seed=9)
+    model = load_model("street_net", n_classes=outputs, image_shape=(3, 64, 64), seed=1)
+    found, expected = utility(task, model, images, seed=0), task.evaluate(model, images)
+    for name, figure in found.items():
+        assert figure["mean"] == pytest.approx(expected[name])
+        assert figure["low"] <= figure["mean"] <= figure["high"]
+
+
+def test_a_task_without_figures_image_by_image_is_refused():
+    with pytest.raises(DataError, match="no figures image by image"):
+        utility(object(), torch.nn.Identity(), streets(8, seed=1), seed=0)
+
+
+def test_metrics_go_where_they_are_asked_to_go(tmp_path):
+    with logging_to("run", lines=tmp_path / "deep/metrics.jsonl") as log:
+        log(1, {"loss": 0.5})
+        log(2, {"loss": 0.25})
+    lines = [json.loads(line) for line in (tmp_path / "deep/metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
+
+
+@pytest.mark.parametrize("where", ["tensorboard", "mlflow"])
+def test_what_is_not_installed_is_named(tmp_path, where, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, {"tensorboard": "torch.utils.tensorboard"}.get(where, where), None)
+    with pytest.raises(MissingExtraError, match=f"pip install {where}"), logging_to("run", **{where: tmp_path}):
+        pass
+
+
+def test_a_bench_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no bench 'cifar'; nearest: cifar10"):
+        run_bench("cifar", scale="laptop", folder=tmp_path)
+    with pytest.raises(ConfigError, match="no scale 'huge'"):
+        run_bench("streets", scale="huge", folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(BENCHES))
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_every_bench_names_each_cell_once_and_its_cells_can_be_cut(name, scale):
+    if name != "streets" and data_root() is None:
+        pytest.skip("needs the shared images")
+    if scale == "paper" and name == "streets":
+        pytest.skip("draws 20,000 pictures")
+    bench = BENCHES[name](scale, 0)
+    names = [cell.name for cell in bench.cells]
+    assert len(set(names)) == len(names)
+    assert {"none", "siftfunnel"} <= {part.split("-")[0] for part in names}
+    assert np.all([len(images) > 1 for images in (bench.roles.train, bench.roles.test, bench.roles.auxiliary)])
