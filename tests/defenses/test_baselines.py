@@ -74,7 +74,7 @@ def test_a_bottleneck_starts_at_the_best_linear_one() -> None:
     lost = torch.linalg.svdvals(centered)[4:].square().sum() / centered.numel()
     found = Bottleneck(channels=4).operate(base, images, torch.zeros(60), seed=0)
     assert found.cut.feature_shape == (4, 8, 10)
-    back = found.cloud[0](found.edge(tensor_of()))
+    back = found.cloud[0](found.edge(tensor_of())).detach()
     assert float((back - features).square().mean()) == pytest.approx(float(lost), rel=1e-3)
 
 
