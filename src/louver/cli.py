@@ -36,7 +36,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_LAB = ("jaxtyping", "jinja2", "PIL", "pyarrow", "pydantic", "safetensors", "timm", "tomli_w", "torch", "torchvision")
+_LAB = (
+    *("jaxtyping", "jinja2", "lightning_fabric", "PIL", "pyarrow", "pydantic", "pytorch_metric_learning"),
+    *("safetensors", "timm", "tomli_w", "torch", "torch_pruning", "torchvision"),
+)
 
 _INTERRUPTED = 130
 _LOG_EVERY_S = 15.0

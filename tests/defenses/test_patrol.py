@@ -244,7 +244,28 @@ def test_training_lowers_the_lipschitz_term_and_raises_the_error():
     weak, strong = last(alpha=1e-6, has_adversary=False), last(alpha=0.1, has_adversary=False)
     assert strong["lipschitz"] / 0.1 < 0.9 * weak["lipschitz"] / 1e-6
     weak, strong = last(beta=1e-6, has_lipschitz=False), last(beta=3.0, has_lipschitz=False)
+    assert strong["adversary"] < 0, "the edge is paid for the inverter's error"
     assert -strong["adversary"] / 3 > 1.1 * -weak["adversary"] / 1e-6
+
+
+def test_a_step_down_the_adversary_term_raises_the_error():
+    defense = PATROL(is_pruned=False, has_lipschitz=False, beta=2.0, adversary_share=0.4)
+    halves = plain_split()
+    pressure = defense.pressure(halves, is_mending=False, seed=0)
+    x = torch.from_numpy(IMAGES.floats(slice(0, 20)))
+    features = halves.edge(x).detach().requires_grad_()
+    batch = Batch(images=x, features=features, outputs=features, targets=TARGETS[:20])
+    for _ in range(20):
+        pressure.before(halves, batch)
+    term = pressure.terms(halves, batch)["adversary"]
+    (slope,) = torch.autograd.grad(term, features)
+    assert bool((slope[:8] != 0).any())
+    assert not bool(slope[8:].any()), "the inverter sees its share of the batch"
+    adversary = pressure._adversary(batch)
+    moved = features.detach() - 1.0 * slope / slope.norm()
+    before, after = (adversary.error(x[:8], z[:8]).item() for z in (features.detach(), moved))
+    assert term.item() == pytest.approx(-2.0 * before, rel=1e-5)
+    assert after > before
 
 
 @pytest.mark.parametrize("is_mending", [False, True])
@@ -278,6 +299,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(is_mending):
         ("sparsity", float("nan")),
         ("target_share", 0.0),
         ("lipschitz_share", 1.5),
+        ("adversary_share", 0.0),
         ("least_share", 0.0),
         ("noise_std", 0.0),
         ("mending_share", 1.0),

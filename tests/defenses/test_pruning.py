@@ -171,6 +171,15 @@ def test_shuffled_channels_are_left_alone():
     assert "first" not in {group.name for group in groups}
 
 
+def test_channels_normalised_together_are_left_alone():
+    """torch-pruning offers them; only the trial shows that the others change when one goes."""
+    layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)]
+    x = torch.rand(7, 3, 8, 10)
+    halves = split(nn.Sequential(*layers).eval(), "4", x[:2])
+    groups, _ = structures(halves, x[:2])
+    assert [group.name for group in groups] == ["3"]
+
+
 def test_a_mask_has_gradients_and_its_own_channel():
     halves, x = cut_network("flat")
     groups, blocks = structures(halves, x[:2])

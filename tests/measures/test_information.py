@@ -19,7 +19,7 @@ from louver.measures.information import (
     intra_class_radius,
     mutual_information,
 )
-from louver.measures.mutual import _student_quantile
+from louver.measures.mutual import _bound, _bound_terms, _student_quantile
 
 N, C, H, W = 7, 3, 8, 10
 
@@ -181,6 +181,25 @@ def test_mutual_information_is_told_by_its_seed_and_leaves_chance_alone():
     assert not z.requires_grad
 
 
+def test_the_bound_is_donsker_varadhans_over_pairs_that_are_not_true():
+    scores = noise(N, N).double() * 3
+    false = [math.exp(scores[i, j]) for i in range(N) for j in range(N) if i != j]
+    joint, log_mean = _bound_terms(scores)
+    assert joint.item() == pytest.approx(np.mean([scores[i, i].item() for i in range(N)]))
+    assert log_mean.item() == pytest.approx(math.log(np.mean(false)))
+    assert _bound(scores, 1.0, 100.0) == pytest.approx(joint.item() - log_mean.item())
+
+
+def test_no_single_pair_ruins_the_bound():
+    scores = torch.full((40, 40), -9.0)
+    scores.fill_diagonal_(2.0)
+    plain = _bound(scores, 1.0, 2.0)
+    for pair in ((3, 5), (3, 3)):
+        odd = scores.clone()
+        odd[pair] = 1000.0 if pair == (3, 5) else -1000.0
+        assert plain - 6 < _bound(odd, 1.0, 2.0) < plain
+
+
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 20])
 def test_student_quantile(degrees):
     assert _student_quantile(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=1e-6)
@@ -314,6 +333,8 @@ def test_the_factor_that_falls_protects(name):
 def test_the_strongest_protection_comes_first_and_none_is_infinite():
     found = inversion_difficulty(Factors(mutual_information=-0.1, entropy=90.0, volume=150.0), PLAIN)
     assert found.protects_by == ("mutual_information", "entropy", "volume")
+    turned = inversion_difficulty(Factors(mutual_information=3.0, entropy=300.0, volume=20.0), PLAIN)
+    assert turned.protects_by == ("volume", "entropy", "mutual_information")
     assert found.mutual_information == 0
     assert found.score == pytest.approx(-(math.log(1e-3) + math.log(0.1) + math.log(0.5)) / 3)
 

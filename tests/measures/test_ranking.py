@@ -100,6 +100,27 @@ def test_log_rank_privacy_far_away_does_not_underflow():
     known = 1e3 * groups.unsqueeze(1) + noise(40, 2)
     found = log_rank_privacy(known, groups, known + 1, groups, bandwidth=0.01)
     assert (found.privacy, found.top1) == (0, 1)
+    wrong = log_rank_privacy(known, groups, known + 1, 3 - groups, bandwidth=0.01)
+    by_distance = [1 + sorted(range(4), key=lambda k, g=g: abs(k - g - 1e-3)).index(3 - g) for g in range(4)]
+    assert wrong.privacy == pytest.approx(np.log(by_distance).mean() / math.log(4))
+
+
+def test_the_bandwidth_is_that_of_the_best_leave_one_out():
+    groups = torch.arange(44) % 7
+    known = noise(7, 2)[groups] + 0.6 * noise(44, 2, seed=1)
+    nearest = [min(float((a - b).norm()) for j, b in enumerate(known) if j != i) for i, a in enumerate(known)]
+    found = {}
+    for factor in (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0):
+        width = factor * sorted(nearest)[21]
+        logs = []
+        for i in range(44):
+            rest = torch.arange(44) != i
+            privacy, _ = naive_log_rank(known[rest], groups[rest], known[i : i + 1], groups[i : i + 1], width)
+            logs.append(privacy)
+        found[width] = np.mean(logs)
+    chosen = log_rank_privacy(known, groups, known, groups).bandwidth
+    assert max(found.values()) > min(found.values()) + 0.02
+    assert chosen == pytest.approx(min(found, key=found.__getitem__), rel=1e-5)
 
 
 def test_the_bandwidth_is_chosen_for_the_attacker():

@@ -52,11 +52,11 @@ def test_every_split_is_told_with_intervals_cost_and_chance(found, text):
         for value in (leak.mean, leak.low, leak.high, leak.worst, leak.worst_low, leak.worst_high, leak.floor):
             assert words.value_in_words(leak.measure, leak.unit, value) in told
         for value in (use.mean, use.low, use.high):
-            assert words.utility_in_words("accuracy", value) in told
+            assert words.utility_in_words("accuracy", value).replace(words.NARROW, " ") in told
         assert words.count_in_words(one.facts.edge_macs) in told
         assert words.bytes_in_words(one.facts.feature_bytes) in told
         for probe in one.facts.probes:
-            assert f"chance {words.value_in_words('', 'share', probe.chance)}" in told
+            assert f"chance {words.value_in_words('', 'share', probe.chance)}".replace(words.NARROW, " ") in told
         assert titles(found)[one.label] in told
     assert "linear on features" in told
     assert "tail on reconstructions (decoder)" in told

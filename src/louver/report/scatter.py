@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
 
 from louver.report.figures import Point, marker_path, nice_ticks, path_through, text_at
 
@@ -231,10 +233,6 @@ def _marks(group: Group, across: _Scale, up: _Scale) -> list[str]:
 # ---------------------------------------------------------------- names beside the spots
 
 
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
 def _places(x: float, y: float, width: float, height: float, radii: Sequence[float]) -> Iterator[tuple[Box, float]]:
     """Boxes around a spot, nearest first, each with its distance."""
     for radius in radii:
@@ -263,10 +261,13 @@ def _taken(groups: Sequence[Group], across: _Scale, up: _Scale) -> Iterator[Box]
                 yield x - 2, y - 2, x + 2, y + 2
 
 
-def _cost(box: Box, taken: Sequence[Box]) -> float:
+def _cost(box: Box, taken: NDArray[np.float64]) -> float:
+    """The area that `box` covers of what is taken, and a great deal for leaving the drawing."""
     outside = max(0.0, _LEFT + 2 - box[0]) + max(0.0, box[2] - _WIDTH + 2)
     outside += max(0.0, _TOP - box[1]) + max(0.0, box[3] - _BOTTOM + 2)
-    return sum(_overlap(box, other) for other in taken) + 1000 * outside
+    wide = np.minimum(box[2], taken[:, 2]) - np.maximum(box[0], taken[:, 0])
+    high = np.minimum(box[3], taken[:, 3]) - np.maximum(box[1], taken[:, 1])
+    return float((wide.clip(0) * high.clip(0)).sum()) + 1000 * outside
 
 
 def _names(
@@ -286,8 +287,9 @@ def _names(
 
     def put(text: str, name: str, spots: Sequence[Spot], width: float, radii: Sequence[float], most: float) -> None:
         at = [(across.at(spot.x.value), up.at(spot.y.value)) for spot in spots]
+        covered = np.array(taken)
         options = [
-            (_cost(box, taken) + 0.4 * radius, box, radius, place)
+            (_cost(box, covered) + 0.4 * radius, box, radius, place)
             for place in at
             for box, radius in _places(*place, width, 14, radii)
         ]
