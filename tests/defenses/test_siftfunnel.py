@@ -15,7 +15,7 @@ from louver.cut import split as cut_at
 from louver.defenses.attention import Cbam, SqueezeExcitation, TripletAttention, axis_extremes
 from louver.defenses.base import Batch
 from louver.defenses.funnel import Funnel, Widening, principal_axes, start_at_best
-from louver.defenses.penalties import channel_correlation, mean_magnitude
+from louver.defenses.penalties import channel_correlation, image_correlation, mean_magnitude
 from louver.defenses.siftfunnel import SiftFunnel, sift_cnn, sift_resnet18, sift_vgg16
 from louver.errors import ConfigError, DataError
 from louver.measures.information import distance_correlation
@@ -81,6 +81,13 @@ def test_channel_correlation_is_that_of_the_slow_loops(scale) -> None:
 def test_magnitude_is_the_mean_of_absolute_values() -> None:
     z = torch.randn(7, 3, 8, 10)
     assert float(mean_magnitude(z)) == pytest.approx(sum(abs(v) for v in z.flatten().tolist()) / z.numel(), abs=1e-6)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_correlation_with_images_does_not_depend_on_how_they_lie_in_memory(memory) -> None:
+    images, z = torch.rand(7, 3, 8, 10), torch.rand(7, 5, 4, 6)
+    found = image_correlation(images.contiguous(memory_format=memory), z)
+    assert float(found) == pytest.approx(float(distance_correlation(images, z)), abs=1e-6)
 
 
 @pytest.mark.parametrize("penalty", [channel_correlation, mean_magnitude])

@@ -168,7 +168,7 @@ class _Extremes(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
         n, c, h, w = x.shape
         ctx.dtype = x.dtype
-        x = x.float().contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
         # Pooling is fast along an axis that is not the innermost in memory, so channels are moved outwards first.
         outward = x.contiguous().view(n, c, h * w).transpose(1, 2).unsqueeze(2)
         over_c, where_c = F.max_pool2d(outward, (1, c), return_indices=True)
@@ -220,7 +220,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
         x, gate = ctx.saved_tensors
         _, _, h, w = x.shape
-        product = (gradient * x).float().contiguous(memory_format=torch.channels_last)
+        product = (gradient * x).contiguous(memory_format=torch.channels_last)
         dtypes = ctx.dtypes
         return (
             gradient * gate,

@@ -15,8 +15,8 @@ from louver.cut import Split
 from louver.defenses.adversary import Adversary
 from louver.defenses.base import Batch, Defense, Pressure
 from louver.defenses.funnel import fitted, principal_axes, sampled_features
+from louver.defenses.penalties import image_correlation
 from louver.errors import ConfigError
-from louver.measures.information import distance_correlation
 from louver.stochastic import Noise, RandomMask
 from louver.types import Images
 
@@ -148,7 +148,7 @@ class _Peek(Pressure):
         """Weighted distance correlation."""
         if not self.weight:
             return {}
-        return {"distance correlation": self.weight * distance_correlation(batch.images, batch.features)}
+        return {"distance correlation": self.weight * image_correlation(batch.images, batch.features)}
 
 
 @dataclass(frozen=True, kw_only=True)

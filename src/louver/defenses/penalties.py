@@ -6,7 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["channel_correlation", "mean_magnitude"]
+from louver.measures.information import distance_correlation
+
+__all__ = ["channel_correlation", "image_correlation", "mean_magnitude"]
+
+
+def image_correlation(images: Float[Tensor, "n c h w"], z: Float[Tensor, "n ..."]) -> Float[Tensor, ""]:
+    """Squared distance correlation of images and features; see `louver.measures.information.distance_correlation`.
+
+    Rows are read in the order in which memory holds them, which distances do not see, and which spares a copy.
+    """
+    is_last = images.is_contiguous(memory_format=torch.channels_last)
+    return distance_correlation(images.permute(0, 2, 3, 1) if is_last else images, z)
 
 
 def channel_correlation(z: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from louver.cut import Split
 from louver.defenses.base import Batch, Defense, Pressure
 from louver.defenses.funnel import Funnel, Widening, fitted, sampled_features, start_at_best
-from louver.defenses.penalties import channel_correlation, mean_magnitude
+from louver.defenses.penalties import channel_correlation, image_correlation, mean_magnitude
 from louver.errors import ConfigError, DataError
-from louver.measures.information import distance_correlation
 from louver.models import Normalized
 from louver.types import Images
 
@@ -131,7 +130,7 @@ class _Sift(Pressure):
             raise DataError(f"SiftFunnel: a batch of {len(z)} has no correlation; raise batch_size")
         found: dict[str, Tensor] = {}
         if knobs.beta:
-            found["distance correlation"] = knobs.beta * distance_correlation(batch.images, z)
+            found["distance correlation"] = knobs.beta * image_correlation(batch.images, z)
         if knobs.sparsity:
             found["sparsity"] = knobs.sparsity * mean_magnitude(z)
         if knobs.gamma:
