@@ -207,7 +207,7 @@ def test_bad_input_is_one_message_and_exit_code_two(
 
 def test_interrupted_it_says_how_to_go_on_and_goes_on(here: Path) -> None:
     """A real Ctrl-C in a real process: exit code 130, finished parts kept, the rest done on resume."""
-    endless = {"steps": 100000, "tolerance": 0.0}
+    endless = {"steps": 100000, "tolerance": 0.0, "restarts": 100000}
     (here / "long.toml").write_text(tomli_w.dumps(TABLE | {"attacks": TABLE["attacks"] | {"likelihood": endless}}))
     command = [sys.executable, "-c", "from louver.cli import main; main()", "audit", "long.toml", "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)

@@ -182,7 +182,8 @@ def compare(
     ]
     entries = [_against_undefended(one, entries) for one in _in_order(entries)]
     fronts = _fronts(entries)
-    on_front = {label for front in fronts for label in _own(front, fronts, entries)}
+    # What nothing beats within a large budget, nothing beats within a smaller one.
+    on_front = {label for front in fronts for label in front.labels}
     entries = [replace(one, is_on_front=one.label in on_front) for one in entries]
     most = max(entries, key=lambda one: one.leak.n_images)
     return Comparison(
@@ -340,13 +341,6 @@ def _front(budget: int | None, entries: Sequence[Entry]) -> Front:
     best = [one for one in within if not any(_beats(other, one) for other in within)]
     best.sort(key=lambda one: (one.leak.amount, one.utility.mean))
     return Front(budget_macs=budget, labels=tuple(one.label for one in best))
-
-
-def _own(front: Front, fronts: Sequence[Front], entries: Sequence[Entry]) -> list[str]:
-    """Those on `front` for whom it is the smallest budget that they fit in: cheap ones meet cheap ones."""
-    macs = {one.label: one.facts.edge_macs for one in entries}
-    smaller = [_limit(other) for other in fronts if _limit(other) < _limit(front)]
-    return [label for label in front.labels if all(macs[label] > limit for limit in smaller)]
 
 
 def _curves(entries: Sequence[Entry]) -> list[Curve]:

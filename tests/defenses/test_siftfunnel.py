@@ -122,6 +122,24 @@ def test_attention_in_training_is_that_in_use_with_its_gradients(memory) -> None
             assert torch.allclose(fast, plain, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_funnel_and_widening_learn_in_half_precision_as_in_full(dtype) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        layers = nn.Sequential(Funnel(12, 4), Widening(4, 12, (8, 10))).train()
+        x = torch.randn(7, 12, 8, 10).to(memory_format=torch.channels_last)
+    found = []
+    for is_half in (False, True):
+        entry = x.to(dtype if is_half else torch.float32).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            y = layers(entry)
+        weight = torch.linspace(-1, 1, y.numel()).view_as(y)
+        gradients = torch.autograd.grad((y.float() * weight).sum(), [entry, layers[0].reduce.weight])
+        found.append([gradient.float().flatten() for gradient in gradients])
+    for full, half in zip(*found, strict=True):
+        assert F.cosine_similarity(full, half, dim=0) > 0.98
+
+
 def test_triplet_attention_is_that_of_the_paper_with_rotations() -> None:
     layer = TripletAttention()
     for parameter in layer.parameters():

@@ -139,17 +139,17 @@ def gaussians(n: int, d: int, rho: float) -> tuple[Tensor, Tensor, float]:
     return x, z, -0.5 * d * math.log(1 - rho**2)
 
 
-@pytest.mark.parametrize(("d", "rho", "low", "high"), [(1, 0.5, 0.7, 1.3), (5, 0.8, 0.8, 1.05)])
+@pytest.mark.parametrize(("d", "rho", "low", "high"), [(1, 0.7, 0.75, 1.25), (5, 0.8, 0.7, 1.1)])
 def test_mutual_information_of_correlated_gaussians(d, rho, low, high):
-    x, z, truth = gaussians(2000, d, rho)
-    found = mutual_information(x, z, steps=100, seeds=2, learning_rate=1e-2)
+    x, z, truth = gaussians(1000, d, rho)
+    found = mutual_information(x, z, steps=60, seeds=2, learning_rate=2e-2)
     assert low * truth < found.value < high * truth
     assert found.low <= found.value <= found.high
     assert not found.is_saturated
 
 
 def test_mutual_information_of_independent_rows_is_about_0():
-    found = mutual_information(noise(400, C, H, W), noise(400, 6, 3, 2, seed=1), steps=60)
+    found = mutual_information(noise(400, C, H, W), noise(400, 6, 3, 2, seed=1), steps=30)
     assert abs(found.value) < 0.05
 
 
@@ -166,7 +166,7 @@ def test_mutual_information_of_constant_features_is_0():
 
 def test_mutual_information_of_a_copy_stops_at_its_ceiling():
     x = noise(100, 30)
-    found = mutual_information(x, x, steps=80, learning_rate=1e-2, seeds=2)
+    found = mutual_information(x, x, steps=40, learning_rate=2e-2, seeds=2)
     assert found.ceiling == pytest.approx(math.log(20 * 19))
     assert max(found.per_seed) <= found.ceiling
 
@@ -174,20 +174,20 @@ def test_mutual_information_of_a_copy_stops_at_its_ceiling():
 def test_mutual_information_is_told_by_its_seed_and_leaves_chance_alone():
     x, z, _ = gaussians(200, 2, 0.8)
     state = torch.random.get_rng_state()
-    first = mutual_information(x, z, steps=20)
+    first = mutual_information(x, z, steps=8)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert mutual_information(x, z, steps=20) == first
-    assert mutual_information(x, z, steps=20, seed=10).per_seed != first.per_seed
+    assert mutual_information(x, z, steps=8) == first
+    assert mutual_information(x, z, steps=8, seed=10).per_seed != first.per_seed
     assert not z.requires_grad
 
 
 def test_the_bound_is_donsker_varadhans_over_pairs_that_are_not_true():
-    scores = noise(N, N).double() * 3
+    scores = noise(N, N).double()
     false = [math.exp(scores[i, j]) for i in range(N) for j in range(N) if i != j]
     joint, log_mean = _bound_terms(scores)
     assert joint.item() == pytest.approx(np.mean([scores[i, i].item() for i in range(N)]))
     assert log_mean.item() == pytest.approx(math.log(np.mean(false)))
-    assert _bound(scores, 1.0, 100.0) == pytest.approx(joint.item() - log_mean.item())
+    assert _bound(scores, 1.0, scores.max().item()) == pytest.approx(joint.item() - log_mean.item())
 
 
 def test_no_single_pair_ruins_the_bound():
@@ -342,7 +342,7 @@ def test_the_strongest_protection_comes_first_and_none_is_infinite():
 def test_factors_are_measured_and_a_bottleneck_protects():
     x = torch.rand((120, C, H, W), generator=torch.Generator().manual_seed(0))
     wide, narrow = x[:, :, ::2, ::2] - 0.5, torch.relu(x.mean(dim=(2, 3), keepdim=True) - 0.5)
-    knobs = {"seeds": 2, "steps": 40}
+    knobs = {"seeds": 2, "steps": 10}
     plain, funnel = measure_factors(x, wide, **knobs), measure_factors(x, narrow, **knobs)
     found = inversion_difficulty(funnel, plain)
     assert {"entropy", "volume"} <= set(found.protects_by)

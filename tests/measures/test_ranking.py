@@ -101,8 +101,9 @@ def test_log_rank_privacy_far_away_does_not_underflow():
     found = log_rank_privacy(known, groups, known + 1, groups, bandwidth=0.01)
     assert (found.privacy, found.top1) == (0, 1)
     wrong = log_rank_privacy(known, groups, known + 1, 3 - groups, bandwidth=0.01)
-    by_distance = [1 + sorted(range(4), key=lambda k, g=g: abs(k - g - 1e-3)).index(3 - g) for g in range(4)]
-    assert wrong.privacy == pytest.approx(np.log(by_distance).mean() / math.log(4))
+    nearest = [[float((known[groups == k] - row - 1).norm(dim=1).min()) for k in range(4)] for row in known]
+    ranks = [1 + sum(d < row[3 - g] for d in row) for row, g in zip(nearest, groups.tolist(), strict=True)]
+    assert wrong.privacy == pytest.approx(np.log(ranks).mean() / math.log(4))
 
 
 def test_the_bandwidth_is_that_of_the_best_leave_one_out():

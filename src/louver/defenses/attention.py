@@ -189,7 +189,7 @@ class _Extremes(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ANN401
         where_c, where_w, where_h = ctx.saved_tensors
         n, c, h, w = ctx.shape
-        max_c, mean_c, max_w, mean_w, max_h, mean_h = gradients
+        max_c, mean_c, max_w, mean_w, max_h, mean_h = (gradient.float() for gradient in gradients)
         out = torch.empty((n, c, h, w), device=mean_c.device, memory_format=torch.channels_last)
         torch.add((mean_w / w).unsqueeze(3), (mean_h / h).unsqueeze(2), out=out)
         out += (mean_c / c).unsqueeze(1)
