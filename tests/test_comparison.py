@@ -388,6 +388,13 @@ def test_images_are_those_that_every_chosen_attack_saw(table):
     assert list(by_error.strips[0].scores) == sorted(by_error.strips[0].scores, reverse=True)
 
 
+def test_a_split_whose_attack_saw_fewer_images_limits_the_choice(tmp_path):
+    pair(tmp_path)
+    write(tmp_path / "third", facts("third", "hybrid", 0.9, {"decoder": 0.3, "likelihood": 0.5}))
+    held = pictures(compare([tmp_path]))
+    assert max((place - 5) // 3 for place in held.index) < N_IMAGES["likelihood"] < N_IMAGES["decoder"]
+
+
 def test_pictures_lie_where_a_run_keeps_them(tmp_path):
     pair(tmp_path, cut="features/3 relu")
     found = compare([tmp_path])

@@ -30,6 +30,7 @@ __all__ = [
 
 _LEAST_BATCH = 4  # of 3 rows every distance matrix looks like every other
 _ROUNDING = 4e-6  # squared distances below this share of the rows' squares are rounding of float32 products
+_FAR_FROM_0 = 0.1  # squared distances below this share of the rows' squares have lost digits
 _CHUNK_ELEMENTS = 4_000_000
 
 
@@ -46,7 +47,7 @@ def distance_correlation(x: Float[Tensor, "n ..."], z: Float[Tensor, "m ..."]) -
 
     Source: Székely, Rizzo, Bakirov, Annals of Statistics 35, 2007, definition 3 (biased, V-statistic), squared; so
     used as a loss by NoPeek and in the code of SiftFunnel (arXiv 2501.00824), which leave out the final root. Ours:
-    distances come from one Gram matrix of shifted rows, those that are rounding count as 0.
+    distances come from one Gram matrix, those that are rounding count as 0.
 
     >>> x = torch.rand(7, 3, 8, 10)
     >>> round(float(distance_correlation(x, 5 - 2 * x)), 4)
@@ -70,19 +71,25 @@ def _centered_distances(batch: Tensor) -> Float[Tensor, "n n"]:
     """Doubly centred Euclidean distances, of mean 1 before centring: the coefficient does not see the scale."""
     rows = batch.flatten(1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    # Distances do not see a shift, but float32 does: of rows far from 0 the products would cancel. The first row is as
-    # good a shift as the mean, takes no pass over the data to find, and is exact where all rows are equal.
-    rows = rows - rows[:1].detach()
-    products = rows @ rows.T
-    squares = products.diagonal()
-    both = squares.unsqueeze(0) + squares.unsqueeze(1)
-    squared = both - 2 * products
+    squared, both = _squared_distances(rows)
+    if bool(squared.detach().mean() < _FAR_FROM_0 * both.detach().mean()):
+        # Distances do not see a shift, but float32 does: of rows far from 0 the products cancel. The first row is as
+        # good a shift as the mean, and exact where all rows are equal. Elsewhere the pass over the data is saved.
+        squared, both = _squared_distances(rows - rows[:1].detach())
     is_apart = squared > _ROUNDING * both.detach()
     distances = torch.where(is_apart, torch.where(is_apart, squared, 1.0).sqrt(), 0.0)
     mean = distances.mean().detach()
     distances = distances / torch.where(mean > 0, mean, 1.0)
     means = distances.mean(0)
     return distances - means.unsqueeze(0) - means.unsqueeze(1) + means.mean()
+
+
+def _squared_distances(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
+    """Squared distances by one product, and the sums of squares that they are small differences of."""
+    products = rows @ rows.T
+    squares = products.diagonal()
+    both = squares.unsqueeze(0) + squares.unsqueeze(1)
+    return both - 2 * products, both
 
 
 # Entropy, volume, radius
