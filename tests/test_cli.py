@@ -210,7 +210,14 @@ def test_interrupted_it_says_how_to_go_on_and_goes_on(here: Path) -> None:
     endless = {"steps": 100000, "tolerance": 0.0, "restarts": 100000}
     (here / "long.toml").write_text(tomli_w.dumps(TABLE | {"attacks": TABLE["attacks"] | {"likelihood": endless}}))
     command = [sys.executable, "-c", "from louver.cli import main; main()", "audit", "long.toml", "--threads", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     kept = here / "runs/toy/units/stage1/decoder/unit.json"
     deadline = time.monotonic() + 120
     while not kept.exists() and time.monotonic() < deadline and process.poll() is None:

@@ -125,7 +125,7 @@ class NoPeek(Defense):
         DataError: (from training) a batch too small for a correlation.
 
     Source: Vepakomma et al., "NoPeek: Information leakage reduction to share activations in distributed deep
-    learning" (ICDMW 2020), section III; we differ: their loss takes its logarithm in some versions of the code.
+    learning" (ICDMW 2020), cross-entropy plus weighted distance correlation; ours: the coefficient is squared.
     """
 
     weight: float = 1.0
