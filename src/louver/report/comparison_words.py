@@ -121,11 +121,11 @@ def headline(found: Comparison) -> str:
     count = len(found.standings)
     label = words.measure_words(found.measure).label
     told = [
-        ("gain", "Leaking less than the undefended split of equal edge cost, with no loss of {u} beyond the intervals"),
-        ("price", "Leaking less than it, and losing {u}"),
-        ("not told apart", "Not told apart from it in leakage"),
-        ("loss", "Leaking more than it"),
-        ("no equal", "With no undefended split of equal edge cost beside them, so that nothing is said of them"),
+        ("gain", "Leaking less, with no loss of {u} beyond the intervals"),
+        ("price", "Leaking less, and losing {u}"),
+        ("not told apart", "Not told apart in leakage"),
+        ("loss", "Leaking more"),
+        ("no equal", "With no such undefended split here, so that nothing is said of them"),
     ]
     parts = [
         f"{sentence.format(u=found.utility)}: {len(names)} of {count} ({'; '.join(names)})."
@@ -133,7 +133,10 @@ def headline(found: Comparison) -> str:
         if (names := by_result.get(result))
     ]
     whom = "the attack that does best on each split" if found.attack == STRONGEST else f"the attack {found.attack}"
-    return f"Defenses and their variants, each at its best strength, by {label} under {whom}. " + " ".join(parts)
+    return (
+        "Each defense and variant, at its best strength, beside the undefended split of equal edge cost, "
+        f"by {label} under {whom}. " + " ".join(parts)
+    )
 
 
 def reason(standing: Standing, found: Comparison, names: Mapping[str, str]) -> str:
