@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ __all__ = ["Decoder"]
 
 _MOST_PIXELS = 2**18
 """Positions of the half-size grid in one batch: bounds the memory of training at large pictures."""
+_MOST_GUESS_FLOATS = 2**27
+"""Half a gigabyte of first guesses is kept; beyond it they are computed for each batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +90,14 @@ class Decoder:
         """Fit to the edge behind `view`."""
         train, validation = view.need_features("Decoder")
         base, layout, mean, scale = _start(train, validation, view.image_shape, self.layout)
+        guesses = (
+            _first_guesses(base, train, mean, scale, view.device),
+            _first_guesses(base, validation, mean, scale, view.device),
+        )
         runs: list[_Run] = []
         for restart in range(self.restarts):
             network = _build(self, view, base, layout, mean, scale, seed=seed + restart)
-            run = _Run(self, network, train, validation, device=view.device, seed=seed + restart)
+            run = _Run(self, network, train, validation, guesses, device=view.device, seed=seed + restart)
             if self.restarts > 1:
                 run.epoch(0, most_steps=self.trial_steps)
                 _tell(progress, f"restart {restart + 1}/{self.restarts}", (restart + 1) / self.restarts)
@@ -157,6 +164,22 @@ def _start(
         _, inverse, mean, scale = min(candidates, key=lambda c: c[0])
         return inverse, inverse.layout, mean, scale
     return _mean_start(train, image_shape)
+
+
+def _first_guesses(
+    base: LinearInverse, part: Auxiliary, mean: Tensor, scale: Tensor, device: torch.device
+) -> Tensor | None:
+    """A flat inverse never changes and is a large matrix: what it makes of each image is computed once, (n, c, h, w).
+
+    None for a local inverse, which is cheap, and for more than memory should hold.
+    """
+    features = part.features
+    assert features is not None
+    if base.layout == "local" or len(part.images) * math.prod(base.image_shape) > _MOST_GUESS_FLOATS:
+        return None
+    there, mean, scale = copy.deepcopy(base).to(device), mean.to(device), scale.to(device)
+    rows = (features.rows(index).to(device) for index in feature_batches(part))
+    return torch.cat([there((batch - mean) * scale).cpu() for batch in rows])
 
 
 def _variance(validation: Auxiliary) -> float:
@@ -270,12 +293,18 @@ class _Network(nn.Module):
         """Pictures in one batch of bounded memory."""
         return max(1, _MOST_PIXELS // (self.half_grid[0] * self.half_grid[1]))
 
-    def forward(self, features: Tensor, *, is_half_precision: bool = False) -> Float[Tensor, "n c h w"]:
-        """Pictures, not clamped, of raw features. The linear path stays in float32: bfloat16 ends at about 48 dB."""
+    def forward(
+        self, features: Tensor, *, guess: Tensor | None = None, is_half_precision: bool = False
+    ) -> Float[Tensor, "n c h w"]:
+        """Pictures, not clamped, of raw features. The linear path stays in float32: bfloat16 ends at about 48 dB.
+
+        `guess` is what the linear inverse makes of the same features, where that is known already.
+        """
         if self.layout == "local":
             features = to_grid(features, self.image_shape)
         standardized = (features - self.mean) * self.scale
-        guess = self.base(standardized)
+        if guess is None:
+            guess = self.base(standardized)
         # A rare channel may reach far beyond its deviation; bounded, it cannot throw the trunk off.
         standardized = standardized.clamp(-10, 10)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=is_half_precision):
@@ -339,6 +368,7 @@ class _Run:
         network: _Network,
         train: Auxiliary,
         validation: Auxiliary,
+        guesses: tuple[Tensor | None, Tensor | None],
         *,
         device: torch.device,
         seed: int,
@@ -353,8 +383,18 @@ class _Run:
         self._optimizer = torch.optim.AdamW(network.parameters(), lr=attack.learning_rate, weight_decay=1e-4)
         self._step = 0
         self._is_half = has_fast_bfloat16(device)
+        self._train_guesses, self._validation_guesses = guesses
         self.stale = 0
         self._keep(self._judge())
+
+    def _answer(self, part: Auxiliary, index: NDArray[np.int64]) -> Tensor:
+        assert part.features is not None
+        known = self._train_guesses if part is self._train else self._validation_guesses
+        return self._network(  # type: ignore[no-any-return]
+            part.features.rows(index).to(self._device),
+            guess=None if known is None else known[torch.from_numpy(index)].to(self._device),
+            is_half_precision=self._is_half,
+        )
 
     def _keep(self, error: float) -> None:
         self.best_error = self.last_error = error
@@ -362,7 +402,6 @@ class _Run:
 
     def epoch(self, number: int, *, most_steps: int | None = None) -> None:
         """One pass over the auxiliary images, or the first `most_steps` of it, then a look at auxiliary validation."""
-        assert self._train.features is not None
         attack, n = self._attack, len(self._train.images)
         order = self._shuffle.permutation(n)
         steps = max(1, n // self._batch_size)
@@ -371,9 +410,8 @@ class _Run:
             index = np.sort(order[i * self._batch_size : (i + 1) * self._batch_size])
             for group in self._optimizer.param_groups:
                 group["lr"] = attack.learning_rate * _schedule(number + i / steps, attack.epochs)
-            features = self._train.features.rows(index).to(self._device)
             truth = self._train.images.rows(index).to(self._device)
-            guess = self._network(features, is_half_precision=self._is_half)
+            guess = self._answer(self._train, index)
             loss = _loss(attack.loss, guess, truth)
             if not bool(loss.isfinite()):
                 self.last_error = math.inf
@@ -398,7 +436,6 @@ class _Run:
 
     def _judge(self) -> float:
         """Validation error of the averaged weights, in the precision of training."""
-        assert self._validation.features is not None
         own = {name: p.detach().clone() for name, p in self._network.named_parameters()}
         self._load(self._average)
         self._network.eval()
@@ -406,8 +443,7 @@ class _Run:
         with torch.no_grad():
             for start in range(0, len(self._validation.images), self._batch_size):
                 index: NDArray[np.int64] = np.arange(start, min(start + self._batch_size, len(self._validation.images)))
-                features = self._validation.features.rows(index).to(self._device)
-                guess = self._network(features, is_half_precision=self._is_half).clamp(0, 1)
+                guess = self._answer(self._validation, index).clamp(0, 1)
                 truth = self._validation.images.rows(index).to(self._device)
                 total += float(_loss(self._attack.loss, guess, truth)) * len(index)
                 count += len(index)

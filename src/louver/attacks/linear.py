@@ -232,6 +232,8 @@ def fit_local(
         penalty = torch.full((inputs + 1,), ridge * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
         penalty[-1] = 0.0
         solution = _solve(gram + penalty.diag(), cross)
+        if solution is None:
+            continue
         candidate = build(solution)
         error = _validation_error(candidate, validation, mean, scale, image_shape, to_grid_first=True)
         if best is None or error < best[1]:
@@ -257,11 +259,13 @@ def fit_flat(
     is_dual = n < inputs
     gram = (features @ features.T if is_dual else features.T @ features).double()
 
-    def solve(ridge: float, columns: Tensor) -> Tensor:
+    def solve(ridge: float, columns: Tensor) -> Tensor | None:
         damped = gram + ridge * float(gram.diagonal().mean()) * torch.eye(len(gram), dtype=torch.float64)
         right = targets[:, columns]
-        solution = _solve(damped, (right if is_dual else features.T @ right).double()).float()
-        return (features.T @ solution if is_dual else solution).T.contiguous()
+        solution = _solve(damped, (right if is_dual else features.T @ right).double())
+        if solution is None:
+            return None
+        return (features.T @ solution.float() if is_dual else solution.float()).T.contiguous()
 
     # Solving for every pixel is most of the time: the ridge is chosen on some of them.
     few = torch.linspace(0, pixels - 1, min(pixels, _FLAT_TRIAL_PIXELS)).long()
@@ -271,6 +275,8 @@ def fit_flat(
 
     def trial_error(ridge: float) -> float:
         weight, total, start = solve(ridge, few), 0.0, 0
+        if weight is None:
+            return math.inf
         for index in feature_batches(validation):
             centered = ((validation_features.rows(index) - mean) * scale).flatten(1) - middle
             guess = (centered @ weight.T + center[few]).clamp(0, 1)
@@ -279,18 +285,18 @@ def fit_flat(
         return total
 
     weight = solve(min(_RIDGES, key=trial_error), torch.arange(pixels))
+    if weight is None:
+        return None
     inverse = LinearInverse(
         layout="flat", weight=weight, bias=center - weight @ middle, image_shape=image_shape, grid=(1, 1)
     )
     return inverse, _validation_error(inverse, validation, mean, scale, image_shape, to_grid_first=False)
 
 
-def _solve(gram: Tensor, right: Tensor) -> Tensor:
+def _solve(gram: Tensor, right: Tensor) -> Tensor | None:
+    """None where so little ridge leaves `gram`, whose sums are of single precision, short of positive definite."""
     factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info) == 0:
-        return torch.cholesky_solve(right, factor)
-    solution: Tensor = torch.linalg.lstsq(gram, right).solution
-    return solution
+    return torch.cholesky_solve(right, factor) if int(info) == 0 else None
 
 
 def _validation_error(
