@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from common import record
-from louver.bench import BENCHES, run_bench
+from louver.bench import run_bench
+from louver.tables import BENCHES
 
 KEPT = ("name", "defense", "variant", "knob", "strength", "cut", "edge_macs", "feature_bytes", "seconds")
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=("laptop", "paper"), default="laptop")
     parser.add_argument("--only")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     started = time.monotonic()
     facts = run_bench(
@@ -47,6 +49,7 @@ def main() -> None:
         only=arguments.only,
         seed=arguments.seed,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        jobs=arguments.jobs,
         progress=lambda what, fraction: print(f"{fraction:6.1%} {what}", flush=True),
     )
     seconds = time.monotonic() - started

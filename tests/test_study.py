@@ -10,16 +10,18 @@ import pytest
 import tomli_w
 import torch
 
-from louver.bench import BENCHES, run_bench
+from louver.bench import _run_together, run_bench
 from louver.cli import main
 from louver.config import read_experiment
 from louver.data import data_root, streets
-from louver.errors import ConfigError, DataError, MissingExtraError
+from louver.defenses import NoDefense
+from louver.errors import ConfigError, DataError, LouverError, MissingExtraError
 from louver.experiment import run_experiment
 from louver.hardening import load_split
 from louver.logs import logging_to
 from louver.models import load_model
 from louver.study import utility
+from louver.tables import BENCHES, Cell
 from louver.tasks import Attributes, Classification, ReIdentification
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +181,31 @@ def test_a_bench_that_does_not_exist_is_refused(tmp_path):
         run_bench("cifar", scale="laptop", folder=tmp_path)
     with pytest.raises(ConfigError, match="no scale 'huge'"):
         run_bench("streets", scale="huge", folder=tmp_path)
+
+
+def test_cells_run_in_processes_and_a_failing_one_stops_the_others(tmp_path, monkeypatch):
+    program = tmp_path / "louver.sh"
+    program.write_text(
+        "#!/bin/sh\n"
+        'echo "$@" threads=$OMP_NUM_THREADS\n'
+        'case "$*" in *broken*) echo "expected more light"; exit 2;; *slow*) exec sleep 60;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("louver.bench.sys.executable", str(program))
+    told = []
+
+    def run(*names):
+        cells = [Cell(name=name, defense=NoDefense(), cut="c") for name in names]
+        _run_together(cells, ["bench", "t"], tmp_path, "cpu", 2, lambda *what: told.append(what))
+
+    run("first", "second", "third")
+    assert {what for what, _ in told} == {"first: done", "second: done", "third: done"}
+    assert told[-1][1] == 1.0
+    said = (tmp_path / "second/bench.log").read_text()
+    assert "-m louver bench t --only second --out" in said
+    assert "threads=" in said
+    with pytest.raises(LouverError, match=r"cell broken failed: .*expected more light"):
+        run("slow", "broken")
 
 
 @pytest.mark.parametrize("name", sorted(BENCHES))

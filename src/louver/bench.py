@@ -1,4 +1,4 @@
-"""The recorded comparisons: which defenses, at which strengths, on which images, judged by what.
+"""The recorded comparisons: every cell of a table is one defended split, trained, attacked and kept.
 
 `louver bench NAME --scale laptop|paper` runs one table. Every cell is a run folder of `louver.study`, finished cells
 are not run again, and every cell is attacked anew with attacks that were fitted to it.
@@ -8,75 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from louver.attacks import Attack, Decoder, Likelihood
-from louver.audit import Settings
 from louver.cut import split
-from louver.data import assign_roles, load_images
-from louver.defenses import (
-    PATROL,
-    AddedNoise,
-    AdversarialTraining,
-    Bottleneck,
-    Defense,
-    FeatureDropout,
-    Hybrid,
-    NoDefense,
-    NoPeek,
-    PrivyNet,
-    SiftFunnel,
-)
-from louver.errors import ConfigError, nearest
+from louver.defenses import NoDefense
+from louver.errors import ConfigError, LouverError, nearest
 from louver.hardening import Origin, describe
-from louver.models import load_model
-from louver.study import Judging, study
-from louver.tasks import Classification, ReIdentification, Task
-from louver.training import Training, fit
-from louver.types import Images, Roles
+from louver.storage import write_json
+from louver.study import study
+from louver.tables import BENCHES, Bench, Cell
+from louver.types import Roles
 
-__all__ = ["BENCHES", "Bench", "Cell", "run_bench"]
+__all__ = ["run_bench"]
 
-Scale = Literal["laptop", "paper"]
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One defended split of a table. Without `is_trained` the network is judged as it came."""
-
-    name: str
-    defense: Defense
-    cut: str
-    knob: str | None = None
-    strength: float | None = None
-    variant: str = ""
-    is_trained: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """A table: its victim, images, task, how cells are trained and judged, and the cells."""
-
-    group: str
-    model: str
-    n_outputs: int
-    roles: Roles
-    task: Task
-    label: str | None
-    judging: Judging
-    training: Training
-    cells: tuple[Cell, ...]
-    victim: Callable[[Path, Progress], nn.Module]
-    seed: int = 0
 
 
 def run_bench(
@@ -87,13 +43,17 @@ def run_bench(
     only: str | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    jobs: int = 1,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """The facts of every cell of table `name`, in order; `only` limits it to cells whose name holds one of
-    its parts, separated by commas.
+    """The facts of every cell of table `name`, in order.
+
+    `only` limits it to cells whose name holds one of its parts, separated by commas; a part that is the whole name of
+    a cell means this cell alone. `jobs` cells run at a time, each in a process of its own with its share of the cores:
+    small networks keep two cores busier with one cell each than with one cell on both.
 
     Raises:
-        ConfigError: no such table or scale, or no cell that holds `only`.
+        ConfigError: no such table or scale, no cell that holds `only`, or fewer than 1 job.
         LouverError: whatever a cell refuses; finished cells are kept.
     """
     if name not in BENCHES:
@@ -102,11 +62,13 @@ def run_bench(
         raise ConfigError(f"no scale {scale!r}; legal: laptop, paper")
     tell = progress or (lambda what, fraction: None)
     bench = BENCHES[name]("laptop" if scale == "laptop" else "paper", seed)
-    wanted = only.split(",") if only else [""]
-    cells = [cell for cell in bench.cells if any(part in cell.name for part in wanted)]
-    if not cells:
-        raise ConfigError(f"no cell holds {only!r}; {nearest(only or '', [cell.name for cell in bench.cells])}")
+    cells = _chosen(bench.cells, only)
+    if jobs < 1:
+        raise ConfigError(f"expected 1 job or more at a time, got {jobs}")
     model = bench.victim(folder, tell)
+    if jobs > 1:
+        open_ones = [cell for cell in cells if _finished(folder / cell.name, _key(bench, cell, scale, model)) is None]
+        _run_together(open_ones, ["bench", name, "--scale", scale, "--seed", str(seed)], folder, device, jobs, tell)
     example = torch.from_numpy(bench.roles.test.floats(slice(0, 2)))
     facts = []
     for order, cell in enumerate(cells):
@@ -144,9 +106,65 @@ def run_bench(
                 device=device,
                 progress=told,
             )
-            (path / "bench.json").write_text(json.dumps({"key": key}))
+            write_json(path / "bench.json", {"key": key})
         facts.append(done)
     return facts
+
+
+def _chosen(cells: Sequence[Cell], only: str | None) -> list[Cell]:
+    names = {cell.name for cell in cells}
+    wanted = only.split(",") if only else [""]
+    chosen = [
+        cell for cell in cells if any(part == cell.name or (part not in names and part in cell.name) for part in wanted)
+    ]
+    if not chosen:
+        raise ConfigError(f"no cell holds {only!r}; {nearest(only or '', sorted(names))}")
+    return chosen
+
+
+def _run_together(
+    cells: Sequence[Cell],
+    command: Sequence[str],
+    folder: Path,
+    device: torch.device | str,
+    jobs: int,
+    tell: Progress,
+) -> None:
+    """Runs each cell as `louver COMMAND --only CELL`; what it says is kept in the cell's `bench.log`.
+
+    Raises:
+        LouverError: a cell failed; the others that had begun are stopped, and what they finished is kept.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    waiting, running = list(cells), dict[str, subprocess.Popen[bytes]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                cell = waiting.pop(0)
+                (folder / cell.name).mkdir(parents=True, exist_ok=True)
+                options = ["--only", cell.name, "--out", str(folder), "--device", str(device), "--json"]
+                with (folder / cell.name / "bench.log").open("wb") as log:
+                    running[cell.name] = subprocess.Popen(
+                        [sys.executable, "-m", "louver", *command, *options],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                    )
+            time.sleep(0.2)
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode != 0:
+                    said = (folder / name / "bench.log").read_text(errors="replace").strip().splitlines()
+                    raise LouverError(f"cell {name} failed: {' '.join(said[-3:]) or process.returncode}")
+                tell(f"{name}: done", 1 - (len(waiting) + len(running)) / len(cells))
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
 
 
 def _finished(path: Path, key: str) -> dict[str, Any] | None:
@@ -174,291 +192,3 @@ def _key(bench: Bench, cell: Cell, scale: str, model: nn.Module) -> str:
 
 def _all(roles: Roles) -> tuple[Any, ...]:
     return roles.train, roles.validation, roles.test, roles.auxiliary
-
-
-def _attacks(scale: Scale) -> dict[str, Attack]:
-    if scale == "paper":
-        return {"decoder": Decoder(), "likelihood": Likelihood()}
-    decoder = Decoder(width=64, blocks=2, epochs=5, restarts=1)
-    return {"decoder": decoder, "likelihood": Likelihood(steps=150, sweep_steps=60, n_sweep=4)}
-
-
-def _swept(
-    name: str, make: Callable[[float], Defense], knob: str, values: tuple[float, ...], cut: str, variant: str = ""
-) -> list[Cell]:
-    return [
-        Cell(name=f"{name}-{value:g}", defense=make(value), cut=cut, knob=knob, strength=value, variant=variant)
-        for value in values
-    ]
-
-
-def _unprotected(cut: str, *, is_trained: bool = False) -> Cell:
-    return Cell(
-        name=f"none-{cut}" + ("-tuned" if is_trained else ""),
-        defense=NoDefense(),
-        cut=cut,
-        variant=f"{cut}, fine-tuned" if is_trained else cut,
-        is_trained=is_trained,
-    )
-
-
-def _ablations(strength: float, make: Callable[..., Defense], cut: str) -> list[Cell]:
-    """PATROL without each of its parts."""
-    parts = {"pruning": "is_pruned", "Lipschitz term": "has_lipschitz", "adversary": "has_adversary"}
-    return [
-        Cell(
-            name=f"patrol-no-{part.split()[0].lower()}",
-            defense=make(strength, **{flag: False}),
-            cut=cut,
-            knob="beta",
-            strength=strength,
-            variant=f"without {part}",
-        )
-        for part, flag in parts.items()
-    ]
-
-
-def _cifar10(scale: Scale, seed: int) -> Bench:
-    is_laptop = scale == "laptop"
-    cut, shallower = "layer2", "layer1"
-    roles = assign_roles(
-        train=load_images("cifar10/train[:6000]" if is_laptop else "cifar10/train[:45000]"),
-        validation=load_images("cifar10/train[45000:46000]" if is_laptop else "cifar10/train[45000:50000]"),
-        test=load_images("cifar10/test[:1000]"),
-        auxiliary=load_images("cifar10/test[1000:3000]" if is_laptop else "cifar10/test[1000:]"),
-    )
-    model = load_model("cifar_resnet20", weights="resnet20_cifar10")
-    example = torch.from_numpy(roles.test.floats(slice(0, 2)))
-    budget = split(model, shallower, example).cut.cost.edge.macs
-
-    def patrol(beta: float, **switches: bool) -> Defense:
-        return PATROL(target_macs=budget, beta=beta, **switches)
-
-    cells = [
-        _unprotected(shallower),
-        _unprotected(cut),
-        _unprotected("layer3"),
-        _unprotected(cut, is_trained=True),
-        *_swept("noise", lambda s: AddedNoise(std=s), "std", (0.5, 1.0, 2.0), cut),
-        *_swept("nopeek", lambda w: NoPeek(weight=w), "weight", (1.0, 4.0, 16.0), cut),
-        *_swept("patrol", patrol, "beta", (0.25, 1.0, 4.0), cut),
-        *_ablations(1.0, patrol, cut),
-        *_swept("siftfunnel", lambda c: SiftFunnel(channels=int(c)), "channels", (12, 6, 3), cut),
-        *_swept("privynet", lambda d: PrivyNet(n_channels=int(d), secret_seed=seed), "n_channels", (16, 8, 4), cut),
-        *_swept(
-            "privynet-random",
-            lambda d: PrivyNet(n_channels=int(d), choice="random", drop_leaky=0.0, secret_seed=seed),
-            "n_channels",
-            (16, 8, 4),
-            cut,
-            "random channels",
-        ),
-        *_swept("hybrid", _hybrid("advanced", 64), "noise_std", (0.5, 1.0, 2.0), cut),
-        *_swept("hybrid-noisy", _hybrid("noisy", 64), "noise_std", (0.5, 1.0, 2.0), cut, "noisy"),
-        *_swept("bottleneck", lambda c: Bottleneck(channels=int(c)), "channels", (12, 6, 3), cut),
-        *_swept("dropout", lambda r: FeatureDropout(rate=r), "rate", (0.8,), cut),
-        *_swept("adversarial", lambda w: AdversarialTraining(weight=w), "weight", (1.0,), cut),
-        *([] if is_laptop else _swept("laplace", _laplace, "std", (0.5, 1.0, 2.0), cut, "laplace")),
-    ]
-    return Bench(
-        group="CIFAR-10",
-        model="cifar_resnet20",
-        n_outputs=10,
-        roles=roles,
-        task=Classification("label", 10),
-        label="label",
-        judging=Judging(
-            attacks=_attacks(scale),
-            settings=_settings(scale, 500),
-            information_images=2000 if is_laptop else 8000,
-            mine_steps=200 if is_laptop else 3000,
-            completion_counts=() if is_laptop else (5, 20, 100),
-        ),
-        training=Training(
-            epochs=3 if is_laptop else 40,
-            batch_size=64 if is_laptop else 128,
-            lr=7e-4,
-            flip=True,
-            shift=4,
-            warmup=0.1,
-        ),
-        cells=tuple(cells),
-        victim=lambda folder, tell: model,
-        seed=seed,
-    )
-
-
-def _laplace(std: float) -> Defense:
-    return AddedNoise(kind="laplace", std=std)
-
-
-def _hybrid(embedding: Literal["noisy", "advanced"], components: int) -> Callable[[float], Defense]:
-    def make(noise_std: float) -> Defense:
-        return Hybrid(
-            embedding=embedding,
-            components=components,
-            noise_std=noise_std,
-            noise_scale="relative",
-            mending_share=0.25,
-        )
-
-    return make
-
-
-def _settings(scale: Scale, test_images: int) -> Settings:
-    return Settings(
-        measures=("psnr", "ssim"),
-        test_images=test_images if scale == "laptop" else 1000,
-        limits={"likelihood": 100 if scale == "laptop" else 500},
-    )
-
-
-def _trained(bench_model: str, n_outputs: int, task: Task, roles: Roles, config: Training, seed: int) -> Any:  # noqa: ANN401
-    def victim(folder: Path, tell: Progress) -> nn.Module:
-        model = load_model(bench_model, n_classes=n_outputs, image_shape=roles.test.image_shape, seed=seed)
-        return fit(
-            model,
-            task,
-            roles.train,
-            roles.validation,
-            config=config,
-            seed=seed,
-            checkpoint=folder / "victim.safetensors",
-            progress=lambda what, fraction: tell(f"victim: {what}", fraction * 0.01),
-        )
-
-    return victim
-
-
-def _faces(scale: Scale, seed: int) -> Bench:
-    """Gender is the task, identity the secret."""
-    is_laptop = scale == "laptop"
-    size = 64
-    train = load_images("celeba299_faces/targets/train", size=size)
-    test = load_images("celeba299_faces/targets/test", size=size)
-    n_validation = len(test) // 3
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)).numpy()
-    roles = assign_roles(
-        train=train,
-        validation=test.take(order[:n_validation]),
-        test=test.take(order[n_validation:]),
-        auxiliary=load_images("celeba299_faces/attackers", size=size),
-    )
-    task = Classification("female", 2)
-    cut = "stage3"
-    config = Training(epochs=20 if is_laptop else 60, batch_size=64, lr=3e-3, flip=True, shift=3)
-    cells = [
-        _unprotected(cut),
-        Cell(name="simple", defense=Hybrid(embedding="simple"), cut=cut, variant="simple"),
-        Cell(name="siamese", defense=Hybrid(embedding="siamese"), cut=cut, variant="siamese"),
-        *_swept(
-            "reduced", lambda c: Hybrid(embedding="reduced", components=int(c)), "components", (8, 4), cut, "reduced"
-        ),
-        *_swept("noisy", _hybrid("noisy", 8), "noise_std", (0.3, 1.0, 3.0), cut, "noisy"),
-        *_swept("advanced", _hybrid("advanced", 8), "noise_std", (0.1, 0.3, 1.0, 3.0), cut, "advanced"),
-        *_swept("noise", lambda s: AddedNoise(std=s), "std", (0.5, 1.0, 2.0), cut),
-        *_swept("siftfunnel", lambda c: SiftFunnel(channels=int(c)), "channels", (12, 4), cut),
-    ]
-    return Bench(
-        group="faces",
-        model="street_net",
-        n_outputs=2,
-        roles=roles,
-        task=task,
-        label="female",
-        judging=Judging(
-            attacks=_attacks(scale),
-            settings=_settings(scale, 400),
-            identity="identity",
-            information_images=1500,
-            mine_steps=200 if is_laptop else 3000,
-        ),
-        training=replace(config, epochs=10 if is_laptop else 30, lr=1e-3),
-        cells=tuple(cells),
-        victim=_trained("street_net", 2, task, roles, config, seed),
-        seed=seed,
-    )
-
-
-def _vehicles(scale: Scale, seed: int) -> Bench:
-    """The real vehicle set: re-identification is the task."""
-    size = 64
-    # Pictures come in pairs of a vehicle: whole vehicles are set aside for the attacker, and generated ones added,
-    # since a few hundred pictures alone would make a weak attack.
-    real = load_images("vehicle_reid/train[600:]", size=size)
-    generated = load_images("streets/77[:2500]")
-    owned = Images(pixels=np.concatenate([real.pixels, generated.pixels]), name="real and generated vehicles")
-    roles = assign_roles(
-        train=load_images("vehicle_reid/train[:600]", size=size),
-        validation=load_images("vehicle_reid/validation", size=size),
-        test=load_images("vehicle_reid/test", size=size),
-        auxiliary=owned,
-    )
-    return _reidentification(scale, seed, "vehicles", roles, ReIdentification(per_identity=2), private=())
-
-
-def _streets(scale: Scale, seed: int) -> Bench:
-    """The generated world: re-identification is the task; place, pedestrian and door number must not leak."""
-    n = 4000 if scale == "laptop" else 20000
-    task = ReIdentification()
-    roles = assign_roles(
-        train=load_images(f"streets/71[:{n}]"),
-        validation=load_images("streets/72[:600]"),
-        test=load_images("streets/73[:600]"),
-        auxiliary=load_images("streets/74[:3000]"),
-    )
-    return _reidentification(scale, seed, "streets", roles, task, private=("place", "pedestrian", "door_number"))
-
-
-def _reidentification(
-    scale: Scale, seed: int, group: str, roles: Roles, task: Task, *, private: tuple[str, ...]
-) -> Bench:
-    is_laptop = scale == "laptop"
-    cut, shallower = "stage3", "stage2"
-    model = load_model("street_net", n_classes=64, image_shape=roles.test.image_shape, seed=seed)
-    example = torch.from_numpy(roles.test.floats(slice(0, 2)))
-    budget = split(model, shallower, example).cut.cost.edge.macs
-    config = Training(epochs=20 if is_laptop else 80, batch_size=64, lr=3e-3, flip=True, shift=3)
-
-    def patrol(beta: float, **switches: bool) -> Defense:
-        return PATROL(target_macs=budget, beta=beta, **switches)
-
-    cells = [
-        _unprotected(shallower),
-        _unprotected(cut),
-        _unprotected(cut, is_trained=True),
-        *_swept("noise", lambda s: AddedNoise(std=s), "std", (0.5, 1.0, 2.0), cut),
-        *_swept("patrol", patrol, "beta", (0.25, 1.0, 4.0), cut),
-        *_ablations(1.0, patrol, cut),
-        *_swept("siftfunnel", lambda c: SiftFunnel(channels=int(c)), "channels", (12, 4), cut),
-        *_swept("nopeek", lambda w: NoPeek(weight=w), "weight", (4.0,), cut),
-    ]
-    return Bench(
-        group=group,
-        model="street_net",
-        n_outputs=64,
-        roles=roles,
-        task=task,
-        label=None,
-        judging=Judging(
-            attacks=_attacks(scale),
-            settings=_settings(scale, 400),
-            private=private,
-            on_reconstructions=bool(private),
-            information_images=1500,
-            mine_steps=200 if is_laptop else 3000,
-        ),
-        training=replace(config, epochs=8 if is_laptop else 30, lr=1e-3),
-        cells=tuple(cells),
-        victim=_trained("street_net", 64, task, roles, config, seed),
-        seed=seed,
-    )
-
-
-BENCHES: Mapping[str, Callable[[Scale, int], Bench]] = {
-    "cifar10": _cifar10,
-    "faces": _faces,
-    "streets": _streets,
-    "vehicles": _vehicles,
-}
-"""Tables by name."""

@@ -97,7 +97,7 @@ class Decoder:
         runs: list[_Run] = []
         for restart in range(self.restarts):
             network = _build(self, view, base, layout, mean, scale, seed=seed + restart)
-            run = _Run(self, network, train, validation, guesses, device=view.device, seed=seed + restart)
+            run = _Run(self, network, train, validation, guesses=guesses, device=view.device, seed=seed + restart)
             if self.restarts > 1:
                 run.epoch(0, most_steps=self.trial_steps)
                 _tell(progress, f"restart {restart + 1}/{self.restarts}", (restart + 1) / self.restarts)
@@ -368,8 +368,8 @@ class _Run:
         network: _Network,
         train: Auxiliary,
         validation: Auxiliary,
-        guesses: tuple[Tensor | None, Tensor | None],
         *,
+        guesses: tuple[Tensor | None, Tensor | None] = (None, None),
         device: torch.device,
         seed: int,
     ) -> None:
