@@ -70,11 +70,13 @@ class Bench:
     seed: int = 0
 
 
-def _attacks(scale: Scale) -> dict[str, Attack]:
+def _attacks(scale: Scale, *, is_small: bool) -> dict[str, Attack]:
+    """On a laptop, pictures that are not small are attacked by the decoder alone, in fewer passes."""
     if scale == "paper":
         return {"decoder": Decoder(), "likelihood": Likelihood()}
-    decoder = Decoder(width=64, blocks=2, epochs=5, restarts=1)
-    return {"decoder": decoder, "likelihood": Likelihood(steps=150, sweep_steps=60, n_sweep=4)}
+    decoder = Decoder(width=64, blocks=2, epochs=5 if is_small else 3, restarts=1)
+    likelihood = Likelihood(steps=150, sweep_steps=60, n_sweep=4)
+    return {"decoder": decoder, "likelihood": likelihood} if is_small else {"decoder": decoder}
 
 
 def _swept(
@@ -116,7 +118,7 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
     is_laptop = scale == "laptop"
     cut, shallower = "layer2", "layer1"
     roles = assign_roles(
-        train=load_images("cifar10/train[:6000]" if is_laptop else "cifar10/train[:45000]"),
+        train=load_images("cifar10/train[:5000]" if is_laptop else "cifar10/train[:45000]"),
         validation=load_images("cifar10/train[45000:46000]" if is_laptop else "cifar10/train[45000:50000]"),
         test=load_images("cifar10/test[:1000]"),
         auxiliary=load_images("cifar10/test[1000:3000]" if is_laptop else "cifar10/test[1000:]"),
@@ -126,7 +128,7 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
     budget = split(model, shallower, example).cut.cost.edge.macs
 
     def patrol(beta: float, **switches: bool) -> Defense:
-        return PATROL(target_macs=budget, beta=beta, **switches)
+        return PATROL(target_macs=budget, beta=beta, mending_share=0.67 if is_laptop else 0.4, **switches)
 
     cells = [
         _unprotected(shallower),
@@ -148,7 +150,11 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
             "random channels",
         ),
         *_swept("hybrid", _hybrid("advanced", 64), "noise_std", (0.5, 1.0, 2.0), cut),
-        *_swept("hybrid-noisy", _hybrid("noisy", 64), "noise_std", (0.5, 1.0, 2.0), cut, "noisy"),
+        *(
+            []
+            if is_laptop
+            else _swept("hybrid-noisy", _hybrid("noisy", 64), "noise_std", (0.5, 1.0, 2.0), cut, "noisy")
+        ),
         *_swept("bottleneck", lambda c: Bottleneck(channels=int(c)), "channels", (12, 6, 3), cut),
         *_swept("dropout", lambda r: FeatureDropout(rate=r), "rate", (0.8,), cut),
         *_swept("adversarial", lambda w: AdversarialTraining(weight=w), "weight", (1.0,), cut),
@@ -162,8 +168,8 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         task=Classification("label", 10),
         label="label",
         judging=Judging(
-            attacks=_attacks(scale),
-            settings=_settings(scale, 500),
+            attacks=_attacks(scale, is_small=True),
+            settings=_settings(scale, 400, has_likelihood=True),
             information_images=2000 if is_laptop else 8000,
             mine_steps=200 if is_laptop else 3000,
             completion_counts=() if is_laptop else (5, 20, 100),
@@ -171,7 +177,7 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         training=Training(
             epochs=3 if is_laptop else 40,
             batch_size=64 if is_laptop else 128,
-            lr=7e-4,
+            lr=2e-3,
             flip=True,
             shift=4,
             warmup=0.1,
@@ -199,11 +205,12 @@ def _hybrid(embedding: Literal["noisy", "advanced"], components: int) -> Callabl
     return make
 
 
-def _settings(scale: Scale, test_images: int) -> Settings:
+def _settings(scale: Scale, test_images: int, *, has_likelihood: bool) -> Settings:
+    most = 100 if scale == "laptop" else 500
     return Settings(
         measures=("psnr", "ssim"),
         test_images=test_images if scale == "laptop" else 1000,
-        limits={"likelihood": 100 if scale == "laptop" else 500},
+        limits={"likelihood": most} if has_likelihood else {},
     )
 
 
@@ -261,8 +268,8 @@ def _faces(scale: Scale, seed: int) -> Bench:
         task=task,
         label="female",
         judging=Judging(
-            attacks=_attacks(scale),
-            settings=_settings(scale, 400),
+            attacks=_attacks(scale, is_small=False),
+            settings=_settings(scale, 400, has_likelihood=not is_laptop),
             identity="identity",
             information_images=1500,
             mine_steps=200 if is_laptop else 3000,
@@ -280,7 +287,7 @@ def _vehicles(scale: Scale, seed: int) -> Bench:
     # Pictures come in pairs of a vehicle: whole vehicles are set aside for the attacker, and generated ones added,
     # since a few hundred pictures alone would make a weak attack.
     real = load_images("vehicle_reid/train[600:]", size=size)
-    generated = load_images("streets/77[:2500]")
+    generated = load_images("streets/77[:1800]" if scale == "laptop" else "streets/77[:10000]")
     owned = Images(pixels=np.concatenate([real.pixels, generated.pixels]), name="real and generated vehicles")
     roles = assign_roles(
         train=load_images("vehicle_reid/train[:600]", size=size),
@@ -293,13 +300,13 @@ def _vehicles(scale: Scale, seed: int) -> Bench:
 
 def _streets(scale: Scale, seed: int) -> Bench:
     """The generated world: re-identification is the task; place, pedestrian and door number must not leak."""
-    n = 4000 if scale == "laptop" else 20000
+    n = 3000 if scale == "laptop" else 20000
     task = ReIdentification()
     roles = assign_roles(
         train=load_images(f"streets/71[:{n}]"),
         validation=load_images("streets/72[:600]"),
         test=load_images("streets/73[:600]"),
-        auxiliary=load_images("streets/74[:3000]"),
+        auxiliary=load_images("streets/74[:2000]" if scale == "laptop" else "streets/74[:10000]"),
     )
     return _reidentification(scale, seed, "streets", roles, task, private=("place", "pedestrian", "door_number"))
 
@@ -335,8 +342,8 @@ def _reidentification(
         task=task,
         label=None,
         judging=Judging(
-            attacks=_attacks(scale),
-            settings=_settings(scale, 400),
+            attacks=_attacks(scale, is_small=False),
+            settings=_settings(scale, 400, has_likelihood=not is_laptop),
             private=private,
             on_reconstructions=bool(private),
             information_images=1500,

@@ -261,7 +261,7 @@ def test_a_step_down_the_adversary_term_raises_the_error():
     (slope,) = torch.autograd.grad(term, features)
     assert bool((slope[:8] != 0).any())
     assert not bool(slope[8:].any()), "the inverter sees its share of the batch"
-    adversary = pressure._adversary(batch)
+    adversary = pressure.adversary.on(batch.images, batch.features)
     moved = features.detach() - 1.0 * slope / slope.norm()
     before, after = (adversary.error(x[:8], z[:8]).item() for z in (features.detach(), moved))
     assert term.item() == pytest.approx(-2.0 * before, rel=1e-5)

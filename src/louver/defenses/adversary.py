@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from louver.errors import ConfigError, DataError
 from louver.measures.image import SSIM_MIN_SIDE, ssim
 
-__all__ = ["Adversary", "Inverter"]
+__all__ = ["Adversary", "Inverter", "LaterAdversary"]
 
 _MOST_POSITIONS = 600
 """Positions of the grid that the inverter works on: its cost hardly grows with the picture."""
@@ -204,3 +204,46 @@ class Adversary(nn.Module):
             is_alike = value.shape == like.shape and slot != "step"
             state.setdefault(int(index), {})[slot] = torch.empty_like(like).copy_(value) if is_alike else value.clone()
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+class LaterAdversary:
+    """An adversary that is made at the first batch, which shows the sizes, and is carried whole through checkpoints.
+
+    No module, on purpose: as one, it would stand in a pressure's `state_dict` from the first batch on, and not before.
+    The options are those of `Adversary`.
+    """
+
+    def __init__(self, *, width: int, measure: Literal["mse", "ssim", "relative"], seed: int) -> None:
+        self._width, self._measure, self._seed = width, measure, seed
+        self._made: Adversary | None = None
+        self._waiting: dict[str, Tensor] = {}
+
+    def on(self, images: Float[Tensor, "n c h w"], features: Tensor) -> Adversary:
+        """The adversary, for images and features of these shapes."""
+        if self._made is None:
+            _, c, h, w = images.shape
+            made = Adversary(
+                tuple(features.shape[1:]), (c, h, w), width=self._width, measure=self._measure, seed=self._seed
+            ).to(images.device)
+            if self._waiting:
+                made.load_state_dict(_under("weights/", self._waiting))
+                made.hold(_under("moments/", self._waiting))
+                self._waiting = {}
+            self._made = made
+        return self._made
+
+    def held(self) -> dict[str, Tensor]:
+        """Weights and moments; empty before the first batch."""
+        if self._made is None:
+            return dict(self._waiting)
+        weights = {f"weights/{name}": value for name, value in self._made.state_dict().items()}
+        return weights | {f"moments/{name}": value for name, value in self._made.held().items()}
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes back what `held` gave; other names are left aside."""
+        self._made = None
+        self._waiting = {name: value for name, value in tensors.items() if name.startswith(("weights/", "moments/"))}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from louver.cut import Split
 from louver.types import Images
 
-__all__ = ["Batch", "Defense", "Pressure"]
+__all__ = ["Batch", "Defense", "FrozenEdge", "Pressure"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,12 @@ class Pressure(nn.Module):
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `held` gave."""
+
+
+class FrozenEdge(Pressure):
+    """Only the cloud learns."""
+
+    freezes_edge = True
 
 
 class Defense:

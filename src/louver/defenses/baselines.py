@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from louver.cut import Split
-from louver.defenses.adversary import Adversary
+from louver.defenses.adversary import LaterAdversary
 from louver.defenses.base import Batch, Defense, Pressure
 from louver.defenses.funnel import fitted, principal_axes, sampled_features
 from louver.defenses.penalties import image_correlation
@@ -188,57 +188,31 @@ class AdversarialTraining(Defense):
 
 
 class _Contest(Pressure):
-    """The adversary is made at the first batch, which shows the pictures' size; `held` carries it whole."""
-
     def __init__(self, knobs: AdversarialTraining, seed: int) -> None:
         super().__init__()
         self.knobs = knobs
-        self.seed = seed
-        # In a list, since a module's own attribute would be in `state_dict` from the first batch on, and not before.
-        self._adversary: list[Adversary] = []
-        self._waiting: dict[str, Tensor] = {}
+        self.adversary = LaterAdversary(width=knobs.width, measure=knobs.measure, seed=seed)
 
     def before(self, split: Split, batch: Batch) -> None:
         """One step of the adversary."""
-        if not self._adversary:
-            self._adversary.append(self._made(batch))
-        self._adversary[0].step(batch.images, batch.features, batch.autocast)
+        self.adversary.on(batch.images, batch.features).step(batch.images, batch.features, batch.autocast)
 
     def terms(self, split: Split, batch: Batch) -> dict[str, Tensor]:
         """The weighted success."""
         if not self.knobs.weight:
             return {}
-        success = 1 - self._adversary[0].error(batch.images, batch.features, batch.autocast)
+        adversary = self.adversary.on(batch.images, batch.features)
+        success = 1 - adversary.error(batch.images, batch.features, batch.autocast)
         paid = success if self.knobs.hinge is None else torch.relu(success - self.knobs.hinge)
         return {"adversary": self.knobs.weight * paid}
 
     def held(self) -> dict[str, Tensor]:
-        """Weights and moments of the adversary; nothing before the first step."""
-        if not self._adversary:
-            return dict(self._waiting)
-        adversary = self._adversary[0]
-        weights = {f"weights/{name}": value for name, value in adversary.state_dict().items()}
-        return weights | {f"moments/{name}": value for name, value in adversary.held().items()}
+        """The adversary."""
+        return self.adversary.held()
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `held` gave."""
-        self._adversary, self._waiting = [], dict(tensors)
-
-    def _made(self, batch: Batch) -> Adversary:
-        knobs = self.knobs
-        c, h, w = batch.images.shape[1:]
-        adversary = Adversary(
-            tuple(batch.features.shape[1:]), (c, h, w), width=knobs.width, measure=knobs.measure, seed=self.seed
-        ).to(batch.images.device)
-        if self._waiting:
-            parts: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
-            for name, value in self._waiting.items():
-                part, _, rest = name.partition("/")
-                parts[part][rest] = value
-            adversary.load_state_dict(parts["weights"])
-            adversary.hold(parts["moments"])
-            self._waiting = {}
-        return adversary
+        self.adversary.hold(tensors)
 
 
 @dataclass(frozen=True, kw_only=True)

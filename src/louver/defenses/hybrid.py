@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from louver.cut import Split, joined
-from louver.defenses.base import Batch, Defense, Pressure
+from louver.defenses.base import Batch, Defense, FrozenEdge, Pressure
 from louver.defenses.pca import Projection, Reconstruction, feature_chunks, fit_components
 from louver.errors import ConfigError, DataError, nearest
 from louver.stochastic import Noise
@@ -98,7 +98,7 @@ class Hybrid(Defense):
     def pressure(self, split: Split, *, is_mending: bool, seed: int) -> Pressure:
         """The contrastive term before `finish`, a frozen edge after it."""
         if is_mending:
-            return _Frozen()
+            return FrozenEdge()
         if self.embedding in _SIAMESE:
             return _Siamese(weight=self.siamese_weight, margin=self.margin, primary=self.primary)
         return Pressure()
@@ -171,10 +171,6 @@ def explained_variance(split: Split) -> Float[Tensor, " k"]:
         if isinstance(module, Reconstruction):
             return module.explained.clone()
     raise ConfigError(f"cut {split.cut.name!r}: the split sends no principal components; harden it with Hybrid first")
-
-
-class _Frozen(Pressure):
-    freezes_edge = True
 
 
 class _Siamese(Pressure):

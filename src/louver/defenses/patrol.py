@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from louver.cut import Split, joined
 from louver.cut import split as cut_at
-from louver.defenses.adversary import Adversary
+from louver.defenses.adversary import LaterAdversary
 from louver.defenses.base import Batch, Defense, Pressure
 from louver.defenses.lipschitz import block_ends, graph_of, lipschitz_constants, shapes_of, tapped
 from louver.defenses.masks import Block, Group, folded, masked, soft_masks, unmasked
@@ -54,9 +54,9 @@ class PATROL(Defense):
 
     target_macs: int | None = None
     target_share: float = 0.5
-    alpha: float = 0.02
+    alpha: float = 0.005
     beta: float = 0.5
-    sparsity: float = 0.3
+    sparsity: float = 3.0
     noise_std: float = 0.05
     least_share: float = 0.125
     lipschitz_share: float = 0.25
@@ -97,7 +97,7 @@ class PATROL(Defense):
 
     def pressure(self, split: Split, *, is_mending: bool, seed: int) -> Pressure:
         """The three parts; after the removal without the masks."""
-        return PatrolPressure(self, split.cut.feature_shape, is_pruned=self.is_pruned and not is_mending, seed=seed)
+        return PatrolPressure(self, is_pruned=self.is_pruned and not is_mending, seed=seed)
 
     def finish(self, split: Split, images: Images, targets: Tensor, *, seed: int) -> Split:
         """The split at or below the budget, masks folded into its weights; a mask left at zero leaves zero weights."""
@@ -268,16 +268,15 @@ def soft_threshold(values: Float[Tensor, "*n"], threshold: float) -> Float[Tenso
 class PatrolPressure(Pressure):
     """The terms of PATROL, its inverter's steps and the proximal step on the masks."""
 
-    def __init__(self, knobs: PATROL, feature_shape: tuple[int, ...], *, is_pruned: bool, seed: int) -> None:
+    def __init__(self, knobs: PATROL, *, is_pruned: bool, seed: int) -> None:
         super().__init__()
         self.knobs = knobs
-        self.feature_shape = feature_shape
         self.is_pruned = is_pruned
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
-        # What depends on the size of the images waits for the first batch, and what came from a checkpoint with it.
-        self._unregistered: dict[str, nn.Module] = {}
-        self._waiting: dict[str, Tensor] = {}
+        self.adversary = LaterAdversary(width=knobs.adversary_width, measure="relative", seed=seed)
+        # In a list, since it is not for `state_dict`: the taps share the edge's weights.
+        self._taps: list[nn.Module] = []
         self._example: Tensor | None = None
         self._ledger: tuple[Ledger, int] | None = None
 
@@ -286,7 +285,7 @@ class PatrolPressure(Pressure):
         self._example = batch.images[:2].detach()
         if self.knobs.has_adversary:
             images, features = self._seen(batch)
-            self._adversary(batch).step(images, features.detach(), batch.autocast)
+            self.adversary.on(images, features).step(images, features.detach(), batch.autocast)
 
     def terms(self, split: Split, batch: Batch) -> dict[str, Tensor]:
         """`lipschitz` and `adversary`, weighted."""
@@ -294,7 +293,7 @@ class PatrolPressure(Pressure):
         if self.knobs.has_lipschitz:
             n = math.ceil(self.knobs.lipschitz_share * len(batch.images))
             constants = lipschitz_constants(
-                self._taps(split, batch),
+                self._tapped(split, batch),
                 batch.images[:n],
                 noise_std=self.knobs.noise_std,
                 generator=self.generator,
@@ -302,7 +301,8 @@ class PatrolPressure(Pressure):
             )
             terms["lipschitz"] = self.knobs.alpha * constants.sum()
         if self.knobs.has_adversary:
-            error = self._adversary(batch).error(*self._seen(batch), batch.autocast)
+            images, features = self._seen(batch)
+            error = self.adversary.on(images, features).error(images, features, batch.autocast)
             terms["adversary"] = -self.knobs.beta * error
         return terms
 
@@ -325,42 +325,18 @@ class PatrolPressure(Pressure):
 
     def held(self) -> dict[str, Tensor]:
         """The state of the noise, the inverter and its optimizer."""
-        adversary = self._unregistered.get("adversary")
-        if not isinstance(adversary, Adversary):
-            return {"noise": self.generator.get_state()} | self._waiting
-        weights = {f"inverter/{name}": tensor for name, tensor in adversary.state_dict().items()}
-        moments = {f"moments/{name}": tensor for name, tensor in adversary.held().items()}
-        return {"noise": self.generator.get_state()} | weights | moments
+        return {"noise": self.generator.get_state()} | self.adversary.held()
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `held` gave."""
         self.generator.set_state(tensors["noise"].cpu())
-        self._waiting = {name: tensor for name, tensor in tensors.items() if name != "noise"}
-        self._unregistered.pop("adversary", None)
+        self.adversary.hold(tensors)
 
     def _seen(self, batch: Batch) -> tuple[Tensor, Tensor]:
         n = min(len(batch.images), max(2, math.ceil(self.knobs.adversary_share * len(batch.images))))
         return batch.images[:n], batch.features[:n]
 
-    def _adversary(self, batch: Batch) -> Adversary:
-        adversary = self._unregistered.get("adversary")
-        if not isinstance(adversary, Adversary):
-            _, c, h, w = batch.images.shape
-            width, device = self.knobs.adversary_width, batch.images.device
-            adversary = Adversary(self.feature_shape, (c, h, w), width=width, measure="relative", seed=self.seed)
-            adversary = adversary.to(device)
-            if self._waiting:
-                adversary.load_state_dict(_under("inverter/", self._waiting))
-                adversary.hold(_under("moments/", self._waiting))
-                self._waiting = {}
-            self._unregistered["adversary"] = adversary
-        return adversary
-
-    def _taps(self, split: Split, batch: Batch) -> nn.Module:
-        if "taps" not in self._unregistered:
-            self._unregistered["taps"] = tapped(split.edge, block_ends(split.edge, batch.images[:2]))
-        return self._unregistered["taps"]
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    def _tapped(self, split: Split, batch: Batch) -> nn.Module:
+        if not self._taps:
+            self._taps.append(tapped(split.edge, block_ends(split.edge, batch.images[:2])))
+        return self._taps[0]

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from louver.cut import Split, joined
-from louver.defenses.base import Defense, Pressure
+from louver.defenses.base import Defense, FrozenEdge, Pressure
 from louver.defenses.channels import ChannelScore, Characterization, channel_scores, need_channels, released
 from louver.defenses.pca import feature_chunks
 from louver.errors import ConfigError, nearest
@@ -104,7 +104,7 @@ class PrivyNet(Defense):
 
     def pressure(self, split: Split, *, is_mending: bool, seed: int) -> Pressure:
         """A frozen edge: the cloud is trained on the task alone."""
-        return _Frozen()
+        return FrozenEdge()
 
     def rebuild(self, split: Split, state: Mapping[str, Tensor]) -> Split:
         """The undefended split with the channels that `state` names."""
@@ -184,10 +184,6 @@ def _regression(
     damped = known + ridge * torch.eye(len(chosen), dtype=torch.float64)
     weight = torch.linalg.solve(damped, covariance[chosen]).T
     return weight.float(), (mean - weight @ mean[chosen]).float()
-
-
-class _Frozen(Pressure):
-    freezes_edge = True
 
 
 def _cloud(split: Split, widen: nn.Conv2d) -> nn.Sequential:
