@@ -74,8 +74,8 @@ def _attacks(scale: Scale, *, is_small: bool) -> dict[str, Attack]:
     """On a laptop, pictures that are not small are attacked by the decoder alone, in fewer passes."""
     if scale == "paper":
         return {"decoder": Decoder(), "likelihood": Likelihood()}
-    decoder = Decoder(width=64, blocks=2, epochs=5 if is_small else 3, restarts=1)
-    likelihood = Likelihood(steps=150, sweep_steps=60, n_sweep=4)
+    decoder = Decoder(width=64, blocks=2, epochs=4 if is_small else 3, restarts=1)
+    likelihood = Likelihood(steps=120, sweep_steps=40, n_sweep=4)
     return {"decoder": decoder, "likelihood": likelihood} if is_small else {"decoder": decoder}
 
 
@@ -121,7 +121,7 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         train=load_images("cifar10/train[:5000]" if is_laptop else "cifar10/train[:45000]"),
         validation=load_images("cifar10/train[45000:46000]" if is_laptop else "cifar10/train[45000:50000]"),
         test=load_images("cifar10/test[:1000]"),
-        auxiliary=load_images("cifar10/test[1000:3000]" if is_laptop else "cifar10/test[1000:]"),
+        auxiliary=load_images("cifar10/test[1000:2500]" if is_laptop else "cifar10/test[1000:]"),
     )
     model = load_model("cifar_resnet20", weights="resnet20_cifar10")
     example = torch.from_numpy(roles.test.floats(slice(0, 2)))
@@ -169,8 +169,8 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         label="label",
         judging=Judging(
             attacks=_attacks(scale, is_small=True),
-            settings=_settings(scale, 400, has_likelihood=True),
-            information_images=2000 if is_laptop else 8000,
+            settings=_settings(scale, 300, has_likelihood=True),
+            information_images=1000 if is_laptop else 8000,
             mine_steps=200 if is_laptop else 3000,
             completion_counts=() if is_laptop else (5, 20, 100),
         ),
@@ -206,7 +206,7 @@ def _hybrid(embedding: Literal["noisy", "advanced"], components: int) -> Callabl
 
 
 def _settings(scale: Scale, test_images: int, *, has_likelihood: bool) -> Settings:
-    most = 100 if scale == "laptop" else 500
+    most = 64 if scale == "laptop" else 500
     return Settings(
         measures=("psnr", "ssim"),
         test_images=test_images if scale == "laptop" else 1000,
@@ -243,7 +243,9 @@ def _faces(scale: Scale, seed: int) -> Bench:
         train=train,
         validation=test.take(order[:n_validation]),
         test=test.take(order[n_validation:]),
-        auxiliary=load_images("celeba299_faces/attackers", size=size),
+        auxiliary=load_images(
+            "celeba299_faces/attackers[:1500]" if is_laptop else "celeba299_faces/attackers", size=size
+        ),
     )
     task = Classification("female", 2)
     cut = "stage3"
@@ -269,9 +271,9 @@ def _faces(scale: Scale, seed: int) -> Bench:
         label="female",
         judging=Judging(
             attacks=_attacks(scale, is_small=False),
-            settings=_settings(scale, 400, has_likelihood=not is_laptop),
+            settings=_settings(scale, 300, has_likelihood=not is_laptop),
             identity="identity",
-            information_images=1500,
+            information_images=1000 if is_laptop else 4000,
             mine_steps=200 if is_laptop else 3000,
         ),
         training=replace(config, epochs=10 if is_laptop else 30, lr=1e-3),
@@ -287,7 +289,7 @@ def _vehicles(scale: Scale, seed: int) -> Bench:
     # Pictures come in pairs of a vehicle: whole vehicles are set aside for the attacker, and generated ones added,
     # since a few hundred pictures alone would make a weak attack.
     real = load_images("vehicle_reid/train[600:]", size=size)
-    generated = load_images("streets/77[:1800]" if scale == "laptop" else "streets/77[:10000]")
+    generated = load_images("streets/77[:1200]" if scale == "laptop" else "streets/77[:10000]")
     owned = Images(pixels=np.concatenate([real.pixels, generated.pixels]), name="real and generated vehicles")
     roles = assign_roles(
         train=load_images("vehicle_reid/train[:600]", size=size),
@@ -306,7 +308,7 @@ def _streets(scale: Scale, seed: int) -> Bench:
         train=load_images(f"streets/71[:{n}]"),
         validation=load_images("streets/72[:600]"),
         test=load_images("streets/73[:600]"),
-        auxiliary=load_images("streets/74[:2000]" if scale == "laptop" else "streets/74[:10000]"),
+        auxiliary=load_images("streets/74[:1500]" if scale == "laptop" else "streets/74[:10000]"),
     )
     return _reidentification(scale, seed, "streets", roles, task, private=("place", "pedestrian", "door_number"))
 
@@ -343,10 +345,10 @@ def _reidentification(
         label=None,
         judging=Judging(
             attacks=_attacks(scale, is_small=False),
-            settings=_settings(scale, 400, has_likelihood=not is_laptop),
+            settings=_settings(scale, 300, has_likelihood=not is_laptop),
             private=private,
             on_reconstructions=bool(private),
-            information_images=1500,
+            information_images=1000 if is_laptop else 4000,
             mine_steps=200 if is_laptop else 3000,
         ),
         training=replace(config, epochs=8 if is_laptop else 30, lr=1e-3),
