@@ -19,7 +19,8 @@ from louver.cut import Split, split
 from louver.data import assign_roles
 from louver.errors import AttackError, ConfigError, DataError, StorageError, ThreatError
 from louver.measures import psnr, ssim
-from louver.runs import load_audit, panels, to_json, unit_folder
+from louver.runs import load_audit, panels, to_json
+from louver.storage import unit_folder
 from louver.tasks import Classification
 from louver.thresholds import parse_rule
 from louver.types import Audit, Roles, Threat

@@ -16,7 +16,7 @@ from louver import cli
 from louver.comparison import EQUAL_COST, compare, load_facts, to_json
 from louver.errors import ConfigError, DataError
 from louver.ordering import ordered
-from louver.runs import unit_folder
+from louver.storage import unit_folder
 from louver.strips import pictures
 from studies import N_IMAGES, bench, blurred, facts, scene, sweep, write
 

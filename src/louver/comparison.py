@@ -240,7 +240,7 @@ def _counts(facts: Facts, measure: str) -> dict[str, tuple[int, str, str]]:
 
 
 def _digest(folder: Path) -> str:
-    arrays = read_arrays(folder / "truth.npz", ("images", "index"))
+    arrays = read_arrays(folder / "truth.npz", "images", "index")
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())

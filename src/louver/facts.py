@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from louver.errors import ConfigError, DataError
+from louver.storage import DAMAGED, read_npz
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["DAMAGED", "Completing", "Estimate", "Facts", "Leak", "Probing", "load_all", "load_facts", "read_arrays"]
+__all__ = ["Completing", "Estimate", "Facts", "Leak", "Probing", "load_all", "load_facts", "read_arrays"]
 
 _FORMAT = 1
-
-DAMAGED = (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
-"""What reading a file that was cut short or changed can raise."""
 
 Kind = TypeVar("Kind", bound="DataclassInstance")
 
@@ -242,14 +237,14 @@ def load_all(folders: Sequence[Path]) -> tuple[list[Facts], tuple[str, ...]]:
     return [load_facts(path) for path in finished.values()], tuple(str(path) for path in unfinished.values())
 
 
-def read_arrays(path: Path, names: Sequence[str]) -> list[NDArray[Any]]:
-    """The arrays `names` of an .npz file.
+def read_arrays(path: Path, *names: str) -> list[NDArray[Any]]:
+    """The arrays `names` of an .npz file of a study.
 
     Raises:
         DataError: it is missing or damaged, or lacks one of them.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return [arrays[name] for name in names]
+        arrays = read_npz(path)
+        return [arrays[name] for name in names]
     except DAMAGED as error:
         raise DataError(f"{path} is missing or damaged ({error}); run the study again") from error

@@ -15,9 +15,6 @@ all. A unit whose key differs belongs to another experiment and is run again.
 from __future__ import annotations
 
 import json
-import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from louver.errors import ConfigError, InputError
-from louver.storage import write_bytes, write_json, write_npz
+from louver.storage import DAMAGED, read_npz, unit_folder, write_bytes, write_json, write_npz
 from louver.types import Audit, Check, Cost, Cut, Finding, HalfCost, Images, Latency, Panel, Row, Threat, Verdict
 
 __all__ = ["RunFolder", "Unit", "load_audit", "panels", "to_json"]
@@ -37,17 +34,7 @@ __all__ = ["RunFolder", "Unit", "load_audit", "panels", "to_json"]
 _COLUMNS = 6
 """Pictures in a strip: as many as a page shows at twice their size."""
 
-_DAMAGED = (
-    EOFError,
-    KeyError,
-    OSError,
-    TypeError,
-    ValueError,
-    safetensors.SafetensorError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What reading a file that was cut short or changed can raise."""
+_DAMAGED = (*DAMAGED, safetensors.SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -93,7 +80,7 @@ class RunFolder:
     def _kept(self, name: str, what: str) -> NDArray[Any]:
         path = (self._folder or Path()) / name
         try:
-            return _arrays(path)[what]
+            return read_npz(path)[what]
         except _DAMAGED as error:
             raise ConfigError(f"{path} is missing or damaged ({error}); run the audit again") from error
 
@@ -106,7 +93,7 @@ class RunFolder:
             record = json.loads((folder / "unit.json").read_text())
             if record["key"] != key:
                 return None
-            pictures = _arrays(folder / "pictures.npz")["images"]
+            pictures = read_npz(folder / "pictures.npz")["images"]
             return Unit(
                 values={name: np.array(values, np.float64) for name, values in record["values"].items()},
                 pictures=pictures,
@@ -139,18 +126,6 @@ class RunFolder:
         """Keeps the whole audit."""
         if self._folder is not None:
             write_json(self._folder / "findings.json", to_json(audit))
-
-
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    # Opened here: numpy leaves a file open that it cannot read.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def unit_folder(folder: Path, cut: str, attack: str) -> Path:
-    """Where a unit is kept; a cut's name may hold any sign, so only harmless ones are used."""
-    safe = [re.sub(r"[^\w.-]", "_", name) for name in (cut, attack)]
-    return folder / "units" / safe[0] / safe[1]
 
 
 def to_json(audit: Audit) -> dict[str, Any]:
@@ -241,7 +216,7 @@ def panels(folder: Path, audit: Audit) -> list[Panel]:
         ConfigError: the run folder lacks its pictures.
     """
     try:
-        arrays = _arrays(folder / "truth.npz")
+        arrays = read_npz(folder / "truth.npz")
         truth, index = arrays["images"], arrays["index"]
         strips = [strip for cut in audit.cuts for strip in _strips(folder, audit, cut.name, truth, index)]
     except _DAMAGED as error:
@@ -262,7 +237,7 @@ def _strips(
     order = np.argsort(-sign * strongest.per_image[:count], kind="stable")
     pictures = {}
     for finding in scored:
-        pictures[finding.attack] = _arrays(unit_folder(folder, cut, finding.attack) / "pictures.npz")["images"]
+        pictures[finding.attack] = read_npz(unit_folder(folder, cut, finding.attack) / "pictures.npz")["images"]
     columns = min(_COLUMNS, count)
     worst = order[:columns]
     spread = order[np.linspace(0, count - 1, columns).round().astype(int)][::-1]

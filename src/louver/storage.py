@@ -1,22 +1,38 @@
-"""Writing files whole or not at all, and keeping rows that do not fit in memory."""
+"""Files written whole or not at all and read with suspicion, and rows that do not fit in memory."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import weakref
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from louver.errors import StorageError
 
-__all__ = ["RowFile", "refusals", "write_bytes", "write_json", "write_npz", "write_with"]
+__all__ = [
+    "DAMAGED",
+    "RowFile",
+    "read_npz",
+    "refusals",
+    "unit_folder",
+    "write_bytes",
+    "write_json",
+    "write_npz",
+    "write_with",
+]
+
+DAMAGED = (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What reading a file that was cut short or changed can raise."""
 
 
 @contextmanager
@@ -76,6 +92,19 @@ def write_npz(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> Path:
         np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
 
     return write_with(path, fill)
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file, never a pickle; one of `DAMAGED` where it is missing or damaged."""
+    # Opened here: numpy leaves a file open that it cannot read.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def unit_folder(folder: Path, cut: str, attack: str) -> Path:
+    """Where a run keeps what `attack` made of `cut`, whose name may hold any sign: only harmless ones are used."""
+    safe = [re.sub(r"[^\w.-]", "_", name) for name in (cut, attack)]
+    return folder / "units" / safe[0] / safe[1]
 
 
 class RowFile:

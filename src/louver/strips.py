@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 
 from louver.comparison import UNDEFENDED, Comparison, Entry
 from louver.errors import DataError
-from louver.facts import DAMAGED, read_arrays
+from louver.facts import read_arrays
+from louver.storage import DAMAGED, unit_folder
 
 __all__ = ["Pictures", "Strip", "pictures"]
 
@@ -57,10 +57,10 @@ def pictures(found: Comparison) -> Pictures:
     sign = 1.0 if found.leaks_when == "high" else -1.0
     order = np.argsort(sign * _scores(base, found.measure)[:count], kind="stable")
     chosen = order[np.linspace(0, count - 1, min(N_PICTURES, count)).round().astype(int)]
-    truth, index = read_arrays(base.facts.folder / "truth.npz", ("images", "index"))
+    truth, index = read_arrays(base.facts.folder / "truth.npz", "images", "index")
     strips = []
     for one in found.entries:
-        (rebuilt,) = read_arrays(_unit(one) / "pictures.npz", ("images",))
+        (rebuilt,) = read_arrays(_unit(one) / "pictures.npz", "images")
         scores = _scores(one, found.measure)
         if len(rebuilt) < count or len(scores) < count:
             raise DataError(f"{_unit(one)}: expected {count} pictures and scores or more; run the study again")
@@ -77,9 +77,7 @@ def pictures(found: Comparison) -> Pictures:
 
 
 def _unit(one: Entry) -> Path:
-    """Where `louver.runs.unit_folder` keeps what the entry's attack made; said again here, since that needs torch."""
-    safe = [re.sub(r"[^\w.-]", "_", name) for name in (one.facts.cut, one.leak.attack)]
-    return one.facts.folder / "units" / safe[0] / safe[1]
+    return unit_folder(one.facts.folder, one.facts.cut, one.leak.attack)
 
 
 def _scores(one: Entry, measure: str) -> NDArray[np.float64]:
