@@ -28,7 +28,7 @@ from louver.tasks import Task
 from louver.training import Training, train
 from louver.types import Images
 
-__all__ = ["Origin", "harden", "load_split", "save_split"]
+__all__ = ["Origin", "defense_knobs", "defense_name", "describe", "harden", "load_split", "save_split"]
 
 _CHOOSE_AFTER = 0.5
 """Weights are chosen among the second half of the epochs: before, pressure has not yet acted."""
@@ -129,15 +129,17 @@ def _mending_epochs(defense: Defense, epochs: int) -> int:
 
 def describe(defense: Defense) -> str:
     """A stable text of a defense and its knobs."""
-    return json.dumps([_name(defense), _knobs(defense)], sort_keys=True)
+    return json.dumps([defense_name(defense), defense_knobs(defense)], sort_keys=True)
 
 
-def _name(defense: Defense) -> str:
+def defense_name(defense: Defense) -> str:
+    """The name that files use for the kind of `defense`."""
     known = (name for name, kind in DEFENSES.items() if type(defense) is kind)
     return next(known, type(defense).__name__)
 
 
-def _knobs(defense: Defense) -> dict[str, object]:
+def defense_knobs(defense: Defense) -> dict[str, object]:
+    """Its knobs as JSON values, without a secret."""
     knobs: dict[str, object] = json.loads(json.dumps(asdict(defense), default=str))  # type: ignore[call-overload]
     knobs.pop("secret_seed", None)  # which channels were drawn is no one's business, and the weights hold it anyway
     return knobs
@@ -179,8 +181,8 @@ def save_split(halves: Split, folder: Path, origin: Origin) -> None:
         "std": origin.std,
         "image_shape": list(origin.image_shape),
         "cut": origin.cut,
-        "defense": _name(origin.defense),
-        "knobs": _knobs(origin.defense),
+        "defense": defense_name(origin.defense),
+        "knobs": defense_knobs(origin.defense),
     }
     write_json(folder / "split.json", record)
 

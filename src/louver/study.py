@@ -6,7 +6,6 @@ inference, each with its interval and its floor or chance.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,10 +20,8 @@ from torch import Tensor
 from louver.attacks import Attack
 from louver.audit import FLOOR, Settings, audit
 from louver.cut import Split
-from louver.defenses import Defense
-from louver.errors import DataError
 from louver.features import ImageRows, compute_features, drawing_from
-from louver.hardening import Origin, describe, harden, save_split
+from louver.hardening import Origin, defense_knobs, defense_name, harden, save_split
 from louver.logs import Log
 from louver.measures.information import (
     distance_correlation,
@@ -40,7 +37,7 @@ from louver.probes import LinearProbe, NeighborProbe, Probe, ProbeResult, TailPr
 from louver.runs import RunFolder
 from louver.stochastic import Noise, Stochastic, silenced
 from louver.storage import write_json
-from louver.tasks import Attributes, Classification, ReIdentification, Task, answers, retrieval
+from louver.tasks import Classification, Task
 from louver.thresholds import Rule
 from louver.training import Training
 from louver.types import Audit, Images, Roles, Threat
@@ -183,47 +180,12 @@ def study(
     return facts
 
 
-def defense_name(defense: Defense) -> str:
-    """The name that files use for the kind of `defense`."""
-    name: str = json.loads(describe(defense))[0]
-    return name
-
-
-def defense_knobs(defense: Defense) -> dict[str, Any]:
-    """Its knobs as JSON values."""
-    knobs: dict[str, Any] = json.loads(describe(defense))[1]
-    return knobs
-
-
 def utility(
     task: Task, model: torch.nn.Module, images: Images, *, seed: int, device: torch.device | str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """Each figure of the task with its 95 % interval over images (queries, for re-identification).
-
-    Raises:
-        DataError: a task of a kind that has no figures image by image.
-    """
+    """Each figure of the task with its 95 % interval over images (queries, for re-identification)."""
     with drawing_from(seed, torch.device(device)):
-        if isinstance(task, Classification):
-            outputs = answers(model, images, lambda _: None, device=device)
-            values = {"accuracy": (outputs.argmax(1) == task.targets(images)).double().numpy()}
-        elif isinstance(task, ReIdentification):
-            outputs = answers(model, images, task.check, device=device)
-            cameras = None if task.camera is None else torch.from_numpy(images.column(task.camera))
-            found = retrieval(outputs.float(), task.targets(images), cameras)
-            values = {
-                "mAP": found.average_precision,
-                "rank1": (found.first_hit <= 1).astype(np.float64),
-                "rank5": (found.first_hit <= 5).astype(np.float64),
-            }
-        elif isinstance(task, Attributes):
-            outputs = answers(model, images, lambda _: None, device=device)
-            wanted, parts = task.targets(images), outputs.split(list(task.columns.values()), dim=1)
-            right = [(part.argmax(1) == wanted[:, k]).double().numpy() for k, part in enumerate(parts)]
-            values = {"accuracy": np.mean(right, 0)}
-            values |= {f"accuracy.{column}": hits for column, hits in zip(task.columns, right, strict=True)}
-        else:
-            raise DataError(f"{type(task).__name__} has no figures image by image; evaluate it by itself")
+        values = task.per_image(model, images, device=device)
     return {name: _interval(per_image, seed) for name, per_image in values.items()}
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,6 +81,22 @@ class Attributes:
             for column, part, truth in zip(self.columns, self.parted(scores), targets.unbind(1), strict=True)
         }
         return {"accuracy": sum(shares.values()) / len(shares), **shares, "n": float(len(images))}
+
+    def per_image(
+        self, model: nn.Module, images: Images, *, device: torch.device | str = "cpu"
+    ) -> dict[str, NDArray[np.float64]]:
+        """`accuracy.COLUMN`: 1 for an image that is right in one attribute, else 0; `accuracy`, their mean.
+
+        Raises:
+            ConfigError, DataError: as `evaluate`.
+        """
+        targets = self.targets(images)
+        scores = answers(model, images, self.check, device=device)
+        hits = {
+            f"accuracy.{column}": (part.argmax(1) == truth).double().numpy()
+            for column, part, truth in zip(self.columns, self.parted(scores), targets.unbind(1), strict=True)
+        }
+        return {"accuracy": np.mean(list(hits.values()), axis=0), **hits}
 
     def parted(self, outputs: Float[Tensor, "n s"]) -> tuple[Float[Tensor, "n _"], ...]:
         """The scores of each attribute, in the order of `columns`."""

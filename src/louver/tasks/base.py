@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from louver.errors import ConfigError, DataError
@@ -50,6 +52,11 @@ class Task(Protocol):
         self, model: nn.Module, images: Images, *, batch_size: int = 256, device: torch.device | str = "cpu"
     ) -> dict[str, float]:
         """Figures by name, measured in eval mode, and `n`, the number of images; `model` is left as it was."""
+
+    def per_image(
+        self, model: nn.Module, images: Images, *, device: torch.device | str = "cpu"
+    ) -> dict[str, NDArray[np.float64]]:
+        """The figures of `evaluate` image by image, of which they are the means: what an interval is drawn from."""
 
 
 def even_batches(n: int, batch_size: int, generator: torch.Generator) -> list[Int[Tensor, " rows"]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,6 +82,18 @@ class Classification:
         targets = self.targets(images)
         scores = answers(model, images, self.check, batch_size=batch_size, device=device)
         return {"accuracy": int((scores.argmax(1) == targets).sum()) / len(images), "n": float(len(images))}
+
+    def per_image(
+        self, model: nn.Module, images: Images, *, device: torch.device | str = "cpu"
+    ) -> dict[str, NDArray[np.float64]]:
+        """`accuracy`: 1 for an image whose highest score is at the right class, else 0.
+
+        Raises:
+            ConfigError, DataError: as `evaluate`.
+        """
+        targets = self.targets(images)
+        scores = answers(model, images, self.check, device=device)
+        return {"accuracy": (scores.argmax(1) == targets).double().numpy()}
 
     def check(self, outputs: Tensor) -> None:
         """Refuses outputs that are not one score a class.

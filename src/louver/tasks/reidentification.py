@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from louver.errors import ConfigError, DataError
 from louver.tasks.base import Criterion, answers, check_rows
-from louver.tasks.ranking import retrieval
+from louver.tasks.ranking import Retrieval, retrieval
 from louver.types import Images
 
 __all__ = ["ReIdentification", "identity_batches"]
@@ -118,14 +119,8 @@ class ReIdentification:
             ConfigError: the network does not give one embedding an image.
             DataError: as `targets`, no such camera column, the network answers NaN, or no query has a true match.
         """
-        identities = self.targets(images)
-        cameras = None if self.camera is None else self._cameras(images)
-        is_query = torch.ones(len(images), dtype=torch.bool)
-        if self.distractor is not None:
-            is_query = identities != self.distractor
-        embeddings = answers(model, images, self.check, batch_size=batch_size, device=device)
-        found = retrieval(embeddings.float().to(device), identities, cameras, is_query=is_query)
-        counts = identities[is_query].unique(return_counts=True)[1]
+        found = self._retrieved(model, images, batch_size, device)
+        counts = self.targets(images)[self._is_query(images)].unique(return_counts=True)[1]
         return {
             "mAP": float(found.average_precision.mean()),
             "rank1": float((found.first_hit <= 1).mean()),
@@ -135,6 +130,31 @@ class ReIdentification:
             "n_lone": float((counts == 1).sum()),
             "n": float(len(images)),
         }
+
+    def per_image(
+        self, model: nn.Module, images: Images, *, device: torch.device | str = "cpu"
+    ) -> dict[str, NDArray[np.float64]]:
+        """`mAP`, `rank1` and `rank5` of each query that was scored, not of each image.
+
+        Raises:
+            ConfigError, DataError: as `evaluate`.
+        """
+        found = self._retrieved(model, images, 256, device)
+        return {
+            "mAP": found.average_precision,
+            "rank1": (found.first_hit <= 1).astype(np.float64),
+            "rank5": (found.first_hit <= 5).astype(np.float64),
+        }
+
+    def _is_query(self, images: Images) -> Bool[Tensor, " n"]:
+        identities = self.targets(images)
+        return torch.ones(len(images), dtype=torch.bool) if self.distractor is None else identities != self.distractor
+
+    def _retrieved(self, model: nn.Module, images: Images, batch_size: int, device: torch.device | str) -> Retrieval:
+        identities = self.targets(images)
+        cameras = None if self.camera is None else self._cameras(images)
+        embeddings = answers(model, images, self.check, batch_size=batch_size, device=device)
+        return retrieval(embeddings.float().to(device), identities, cameras, is_query=self._is_query(images))
 
     def check(self, outputs: Tensor) -> None:
         """Refuses outputs that are not one embedding an image.
