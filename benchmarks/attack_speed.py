@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common import record
 from louver.attacks import Auxiliary, Decoder, Likelihood, View
-from louver.attacks.decoder import _build, _loss, _Network, _Run, _start
+from louver.attacks.decoder import _build, _loss, _Network, _Run, _starts
 from louver.attacks.likelihood import total_variation
 from louver.attacks.linear import feature_statistics
 from louver.cut import Split, split
@@ -111,11 +111,11 @@ def main() -> None:
     truth, features = test.images.rows(np.arange(N_OURS)), test.features.rows(np.arange(N_OURS))
     _, scale = feature_statistics(train)
     mean_image = search.state()["mean_image"]
-    base, layout, mean, feature_scale = _start(train, validation, view.image_shape, "local")
+    base, mean, feature_scale = _starts(train, validation, view.image_shape, "local")[0]
     attack_decoder = Decoder(restarts=1)
 
     def network() -> _Network:
-        return _build(attack_decoder, view, base, layout, mean, feature_scale, seed=0)
+        return _build(attack_decoder, view, base, mean, feature_scale, seed=0)
 
     def ours_pass(*, is_half: bool, is_channels_last: bool, is_compiled: bool = False) -> Callable[[], float]:
         run = _Run(

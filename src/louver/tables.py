@@ -74,7 +74,7 @@ def _attacks(scale: Scale, *, is_small: bool) -> dict[str, Attack]:
     """On a laptop, pictures that are not small are attacked by the decoder alone, in fewer passes."""
     if scale == "paper":
         return {"decoder": Decoder(), "likelihood": Likelihood()}
-    decoder = Decoder(width=64, blocks=2, epochs=4 if is_small else 3, restarts=1)
+    decoder = Decoder(width=64, blocks=2, epochs=4 if is_small else 3, trial_steps=40, restarts=1)
     likelihood = Likelihood(steps=120, sweep_steps=40, n_sweep=4)
     return {"decoder": decoder, "likelihood": likelihood} if is_small else {"decoder": decoder}
 

@@ -45,9 +45,10 @@ class Decoder:
 
     It starts from the best linear inverse in closed form and learns what that misses; there is no bottleneck: `width`
     channels at every layer, at least 64. Features are standardised per channel, so a contractive edge hides nothing.
-    `layout` "auto" takes "local" (features keep their spatial order) or "flat" (they do not) by which linear inverse
-    does better on auxiliary validation. `restarts` networks train for `trial_steps` batches; the best goes on for
-    `epochs` under a falling learning rate; `patience` epochs without a better one end it early.
+    `layout` "local" keeps the spatial order of features, "flat" knows none; "auto" tries both where the flat linear
+    inverse is the better one. `restarts` networks of each layout train for `trial_steps` batches; the one that is best
+    on auxiliary validation goes on for `epochs` under a falling learning rate; `patience` epochs without a better one
+    end it early.
 
     Raises:
         ConfigError: a knob outside its range.
@@ -89,19 +90,21 @@ class Decoder:
     def prepare(self, view: View, *, seed: int, progress: Progress | None = None) -> Inverter:
         """Fit to the edge behind `view`."""
         train, validation = view.need_features("Decoder")
-        base, layout, mean, scale = _start(train, validation, view.image_shape, self.layout)
-        guesses = (
-            _first_guesses(base, train, mean, scale, view.device),
-            _first_guesses(base, validation, mean, scale, view.device),
-        )
         runs: list[_Run] = []
-        for restart in range(self.restarts):
-            network = _build(self, view, base, layout, mean, scale, seed=seed + restart)
-            run = _Run(self, network, train, validation, guesses=guesses, device=view.device, seed=seed + restart)
-            if self.restarts > 1:
-                run.epoch(0, most_steps=self.trial_steps)
-                _tell(progress, f"restart {restart + 1}/{self.restarts}", (restart + 1) / self.restarts)
-            runs.append(run)
+        starts = _starts(train, validation, view.image_shape, self.layout)
+        n_trials = len(starts) * self.restarts
+        for base, mean, scale in starts:
+            guesses = (
+                _first_guesses(base, train, mean, scale, view.device),
+                _first_guesses(base, validation, mean, scale, view.device),
+            )
+            for restart in range(self.restarts):
+                network = _build(self, view, base, mean, scale, seed=seed + restart)
+                run = _Run(self, network, train, validation, guesses=guesses, device=view.device, seed=seed + restart)
+                runs.append(run)
+                if n_trials > 1:
+                    run.epoch(0, most_steps=self.trial_steps)
+                    _tell(progress, f"trial {len(runs)}/{n_trials}, {base.layout}", len(runs) / n_trials)
         run = min(runs, key=lambda r: r.last_error)
         for epoch in range(self.epochs):
             run.epoch(epoch)
@@ -132,7 +135,7 @@ class Decoder:
             image_shape=view.image_shape,
             grid=(grid[0], grid[1]),
         )
-        network = _build(self, view, base, base.layout, state["mean"], state["scale"], seed=0)
+        network = _build(self, view, base, state["mean"], state["scale"], seed=0)
         network.load_state_dict({name: tensor for name, tensor in state.items() if name != "grid"})
         return _Trained(network, view.device)
 
@@ -142,28 +145,30 @@ def _tell(progress: Progress | None, what: str, fraction: float) -> None:
         progress(what, fraction)
 
 
-def _start(
+def _starts(
     train: Auxiliary, validation: Auxiliary, image_shape: tuple[int, int, int], layout: str
-) -> tuple[LinearInverse, Layout, Tensor, Tensor]:
-    """The better linear inverse of the layouts that are allowed, with the standardisation that belongs to it."""
+) -> list[tuple[LinearInverse, Tensor, Tensor]]:
+    """The linear inverses to start from, each with mean and scale of the features, of the layouts that are allowed.
+
+    Both layouts are worth a trial where the flat inverse has the smaller error: it sees the whole picture, yet a
+    network that keeps the order of features in space may end far better from a poorer start.
+    """
     assert train.features is not None
-    candidates: list[tuple[float, LinearInverse, Tensor, Tensor]] = []
+    local: tuple[LinearInverse, float] | None = None
+    starts: list[tuple[LinearInverse, Tensor, Tensor]] = []
     if layout != "flat":
         mean, scale = feature_statistics(train, on_grid=image_shape)
-        fitted = fit_local(train, validation, mean, scale, image_shape)
-        if fitted is not None:
-            candidates.append((fitted[1], fitted[0], mean, scale))
+        local = fit_local(train, validation, mean, scale, image_shape)
+        if local is not None:
+            starts.append((local[0], mean, scale))
     # A flat inverse of large features takes a minute; it is tried where the local one leaves much unexplained.
-    is_explained = bool(candidates) and candidates[0][0] < 0.25 * _variance(validation)
+    is_explained = local is not None and local[1] < 0.25 * _variance(validation)
     if layout == "flat" or (layout == "auto" and not is_explained):
         mean, scale = feature_statistics(train)
-        fitted = fit_flat(train, validation, mean, scale, image_shape)
-        if fitted is not None:
-            candidates.append((fitted[1], fitted[0], mean, scale))
-    if candidates:
-        _, inverse, mean, scale = min(candidates, key=lambda c: c[0])
-        return inverse, inverse.layout, mean, scale
-    return _mean_start(train, image_shape)
+        flat = fit_flat(train, validation, mean, scale, image_shape)
+        if flat is not None and (local is None or flat[1] < local[1]):
+            starts.append((flat[0], mean, scale))
+    return starts or [_mean_start(train, image_shape)]
 
 
 def _first_guesses(
@@ -206,7 +211,7 @@ def _listens(inverter: Inverter, validation: Auxiliary) -> bool:
     return bool(gain.mean() > 2 * gain.std() / count**0.5)
 
 
-def _mean_start(train: Auxiliary, image_shape: tuple[int, int, int]) -> tuple[LinearInverse, Layout, Tensor, Tensor]:
+def _mean_start(train: Auxiliary, image_shape: tuple[int, int, int]) -> tuple[LinearInverse, Tensor, Tensor]:
     """Features too large for a closed form: start local, from the mean auxiliary picture's color."""
     assert train.features is not None
     mean, scale = feature_statistics(train, on_grid=image_shape)
@@ -216,12 +221,7 @@ def _mean_start(train: Auxiliary, image_shape: tuple[int, int, int]) -> tuple[Li
     color = train.images.rows(np.arange(min(len(train.images), 256))).mean((0, 2, 3))
     weight = torch.zeros(image_shape[0] * size * size, probe.shape[1], 1, 1)
     bias = color.repeat_interleave(size * size)
-    return (
-        LinearInverse(layout="local", weight=weight, bias=bias, image_shape=image_shape, grid=grid),
-        "local",
-        mean,
-        scale,
-    )
+    return LinearInverse(layout="local", weight=weight, bias=bias, image_shape=image_shape, grid=grid), mean, scale
 
 
 class _Block(nn.Module):
@@ -257,14 +257,13 @@ class _Network(nn.Module):
         self,
         attack: Decoder,
         base: LinearInverse,
-        layout: Layout,
         mean: Tensor,
         scale: Tensor,
         in_channels: int,
         image_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout: Layout = base.layout
         self.image_shape = image_shape
         channels, height, width = image_shape
         self.half_grid = (-(-height // 2), -(-width // 2))
@@ -272,9 +271,9 @@ class _Network(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
         wide = attack.width
-        grid = base.grid if layout == "local" else (-(-height // 8), -(-width // 8))
+        grid = base.grid if base.layout == "local" else (-(-height // 8), -(-width // 8))
         self.grid = grid
-        if layout == "flat":
+        if base.layout == "flat":
             self.spread: nn.Module = nn.Linear(in_channels, 32 * grid[0] * grid[1])
             in_channels = 32
         doublings = max(0, round(math.log2(max(self.half_grid[0] / grid[0], self.half_grid[1] / grid[1]))))
@@ -331,13 +330,11 @@ class _Network(nn.Module):
         return out
 
 
-def _build(
-    attack: Decoder, view: View, base: LinearInverse, layout: Layout, mean: Tensor, scale: Tensor, *, seed: int
-) -> _Network:
-    in_channels = mean.shape[1] if layout == "local" else int(np.prod(view.feature_shape))
+def _build(attack: Decoder, view: View, base: LinearInverse, mean: Tensor, scale: Tensor, *, seed: int) -> _Network:
+    in_channels = mean.shape[1] if base.layout == "local" else int(np.prod(view.feature_shape))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _Network(attack, base, layout, mean, scale, in_channels, view.image_shape)
+        network = _Network(attack, base, mean, scale, in_channels, view.image_shape)
     return network.to(view.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
