@@ -138,7 +138,7 @@ def test_decoder_has_no_bottleneck() -> None:
     mean, scale = feature_statistics(view.train, on_grid=SHAPE)
     fitted = fit_local(view.train, view.validation, mean, scale, SHAPE)
     assert fitted is not None
-    network = _Network(SMALL_DECODER, fitted[0], "local", mean, scale, mean.shape[1], SHAPE)
+    network = _Network(SMALL_DECODER, fitted[0], mean, scale, mean.shape[1], SHAPE)
     widths = [m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d) and m is not network.leave]
     assert min(widths) >= 64
 
@@ -148,6 +148,23 @@ def test_decoder_takes_the_layout_that_inverts_better() -> None:
     one = replace(SMALL_DECODER, epochs=1, restarts=1)
     assert one.prepare(shuffled, seed=0).state()["base.weight"].ndim == 2
     assert one.prepare(wide, seed=0).state()["base.weight"].ndim == 4
+
+
+def test_a_better_flat_inverse_does_not_win_without_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen by linear errors, NoPeek's edge looked a third more private than it is: its features are a grid."""
+    from louver.attacks import decoder as module
+
+    def flattered(*arguments: object) -> tuple[nn.Module, float] | None:
+        fitted = fit_flat(*arguments)  # type: ignore[arg-type]
+        return fitted and (fitted[0], 0.0)
+
+    monkeypatch.setattr(module, "fit_flat", flattered)
+    monkeypatch.setattr(module, "_variance", lambda _: 0.0)
+    view, told = view_of(Wide(), n=100), []
+    attack = replace(SMALL_DECODER, epochs=1, restarts=1)
+    inverter = attack.prepare(view, seed=0, progress=lambda what, _: told.append(what))
+    assert told[:2] == ["trial 1/2, local", "trial 2/2, flat"]
+    assert inverter.state()["base.weight"].ndim == 4
 
 
 def test_decoder_keeps_the_epoch_that_validation_likes_best(monkeypatch: pytest.MonkeyPatch) -> None:
