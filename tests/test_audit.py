@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from louver.attacks import Decoder, Inverter, Likelihood, Progress, View
+from louver.attacks import Decoder, Inverter, Likelihood, View
 from louver.attacks.mean_image import Constant
 from louver.audit import FLOOR, Settings, audit
 from louver.cut import Split, split
@@ -23,7 +23,7 @@ from louver.runs import load_audit, panels, to_json
 from louver.storage import unit_folder
 from louver.tasks import Classification
 from louver.thresholds import parse_rule
-from louver.types import Audit, Roles, Threat
+from louver.types import Audit, Progress, Roles, Threat
 from toys import SHAPE, pictures
 
 FAST = Settings(measures=("mse", "psnr", "ssim", "recognized", "reidentified"), test_images=20)

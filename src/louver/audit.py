@@ -24,7 +24,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from louver.attacks import Attack, Auxiliary, Inverter, MeanImage, Progress, View
+from louver.attacks import Attack, Auxiliary, Inverter, MeanImage, View
 from louver.cut import Split
 from louver.errors import AttackError, ConfigError, DataError, ThreatError, nearest
 from louver.features import ImageRows, compute_features, drawing_from, observed
@@ -33,7 +33,7 @@ from louver.measures.statistics import row
 from louver.runs import RunFolder, Unit
 from louver.tasks import Task
 from louver.thresholds import Rule, judge
-from louver.types import Audit, Finding, Images, Roles, Threat
+from louver.types import Audit, Finding, Images, Progress, Roles, Threat
 
 __all__ = ["FLOOR", "Settings", "audit"]
 

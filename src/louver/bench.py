@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -28,11 +28,9 @@ from louver.hardening import Origin, describe
 from louver.storage import write_json
 from louver.study import study
 from louver.tables import BENCHES, Bench, Cell
-from louver.types import Roles
+from louver.types import Progress, Roles
 
 __all__ = ["run_bench"]
-
-Progress = Callable[[str, float], None]
 
 
 def run_bench(

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from louver.attacks import Progress
 from louver.audit import Settings, audit
 from louver.config import Experiment
 from louver.cost import measure_latency, with_latency
@@ -17,7 +16,6 @@ from louver.data import assign_roles, drop_overlap, load_images
 from louver.defenses import Defense
 from louver.errors import ConfigError, DataError
 from louver.hardening import Origin
-from louver.logs import Log
 from louver.models import load_model, save_weights
 from louver.runs import RunFolder, load_audit
 from louver.storage import write_bytes
@@ -25,7 +23,7 @@ from louver.study import Judging, study
 from louver.tasks import Attributes, Classification, Task
 from louver.thresholds import parse_rule
 from louver.training import fit
-from louver.types import Audit, Images, Roles
+from louver.types import Audit, Images, Log, Progress, Roles
 
 __all__ = ["load_roles", "run_experiment"]
 

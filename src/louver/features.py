@@ -13,10 +13,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from louver.attacks.base import Progress
 from louver.errors import AttackError
 from louver.storage import RowFile
-from louver.types import Images
+from louver.types import Images, Progress
 
 __all__ = ["FeatureRows", "ImageRows", "compute_features", "drawing_from", "observed"]
 

@@ -69,9 +69,14 @@ def harden(
     identity = {"defense": describe(defense)}
 
     def trained(part: Split, epochs: int, stage: int) -> Split:
+        before = 0 if stage == 1 else config.epochs - mending
+
+        def logged(epoch: int, figures: Mapping[str, float]) -> None:
+            if log is not None:
+                log(before + epoch, figures)
+
         def told(what: str, fraction: float) -> None:
             if progress is not None:
-                before = 0 if stage == 1 else config.epochs - mending
                 progress(
                     ("training: " if stage == 1 else "mending: ") + what, (before + fraction * epochs) / config.epochs
                 )
@@ -89,7 +94,7 @@ def harden(
             identity=identity | {"stage": str(stage), "number of epochs": str(epochs)},
             choose_after=_CHOOSE_AFTER,
             progress=told,
-            log=log,
+            log=logged,
             device=device,
             devices=devices,
         )

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from louver.errors import MissingExtraError
+from louver.types import Log
 
-__all__ = ["Log", "logging_to"]
-
-Log = Callable[[int, Mapping[str, float]], None]
-"""Called as `log(epoch, figures)` after each epoch, from 1."""
+__all__ = ["logging_to"]
 
 
 @contextmanager

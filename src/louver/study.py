@@ -7,7 +7,7 @@ inference, each with its interval and its floor or chance.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from louver.audit import FLOOR, Settings, audit
 from louver.cut import Split
 from louver.features import ImageRows, compute_features, drawing_from
 from louver.hardening import Origin, defense_knobs, defense_name, harden, save_split
-from louver.logs import Log
 from louver.measures.information import (
     distance_correlation,
     effective_dimensions,
@@ -40,11 +39,9 @@ from louver.storage import write_json
 from louver.tasks import Classification, Task
 from louver.thresholds import Rule
 from louver.training import Training
-from louver.types import Audit, Images, Roles, Threat
+from louver.types import Audit, Images, Log, Progress, Roles, Threat
 
 __all__ = ["Judging", "study"]
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)

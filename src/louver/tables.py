@@ -32,12 +32,11 @@ from louver.models import load_model
 from louver.study import Judging
 from louver.tasks import Classification, ReIdentification, Task
 from louver.training import Training, fit
-from louver.types import Images, Roles
+from louver.types import Images, Progress, Roles
 
 __all__ = ["BENCHES", "Bench", "Cell", "Scale"]
 
 Scale = Literal["laptop", "paper"]
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,13 +32,9 @@ from louver.defenses.base import Batch, Pressure
 from louver.devices import has_fast_bfloat16
 from louver.errors import ConfigError, DataError, nearest
 from louver.tasks import Criterion, Task
-from louver.types import Images
+from louver.types import Images, Log, Progress
 
 __all__ = ["Training", "fit", "train"]
-
-Progress = Callable[[str, float], None]
-Log = Callable[[int, Mapping[str, float]], None]
-"""Called as `log(epoch, figures)` after each epoch, for TensorBoard and its like."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Images are float32 NCHW in [0,1] wherever they are tensors. Sizes are in bytes, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,7 +24,9 @@ __all__ = [
     "HalfCost",
     "Images",
     "Latency",
+    "Log",
     "Panel",
+    "Progress",
     "Roles",
     "Row",
     "Threat",
@@ -33,6 +35,12 @@ __all__ = [
 
 GRANTS = ("auxiliary", "edge", "query")
 """What a threat model can grant. The cloud half and the features that reach it are always the attacker's."""
+
+Progress = Callable[[str, float], None]
+"""Called as `progress(what, fraction)` while long work goes on; `fraction` is the share that is done."""
+
+Log = Callable[[int, Mapping[str, float]], None]
+"""Called as `log(epoch, figures)` after each epoch, from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

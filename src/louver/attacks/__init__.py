@@ -3,7 +3,7 @@
 A new attack is three files: its module here, one line in this file, one line in the table of `tests/cases.py`.
 """
 
-from louver.attacks.base import Attack, Auxiliary, Inverter, Progress, View
+from louver.attacks.base import Attack, Auxiliary, Inverter, View
 from louver.attacks.decoder import Decoder
 from louver.attacks.likelihood import Likelihood
 from louver.attacks.mean_image import MeanImage
@@ -16,7 +16,6 @@ __all__ = [
     "Inverter",
     "Likelihood",
     "MeanImage",
-    "Progress",
     "Shadow",
     "View",
 ]

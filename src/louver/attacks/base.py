@@ -6,7 +6,7 @@ it will be scored on are never in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from louver.errors import ThreatError
+from louver.types import Progress
 
-__all__ = ["Attack", "Auxiliary", "Inverter", "Progress", "View"]
-
-Progress = Callable[[str, float], None]
-"""Called as `progress(what, fraction)` while an attack works; fraction runs from 0 to 1."""
+__all__ = ["Attack", "Auxiliary", "Inverter", "View"]
 
 
 @runtime_checkable

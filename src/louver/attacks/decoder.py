@@ -15,7 +15,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from louver.attacks.base import Auxiliary, Inverter, Progress, View
+from louver.attacks.base import Auxiliary, Inverter, View
 from louver.attacks.linear import (
     Layout,
     LinearInverse,
@@ -30,6 +30,7 @@ from louver.attacks.mean_image import Constant, mean_image
 from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError
 from louver.measures.image import SSIM_MIN_SIDE, ssim
+from louver.types import Progress
 
 __all__ = ["Decoder"]
 

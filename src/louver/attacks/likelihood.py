@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from louver.attacks.base import Auxiliary, Inverter, Progress, View
+from louver.attacks.base import Auxiliary, Inverter, View
 from louver.attacks.linear import feature_statistics
 from louver.attacks.mean_image import Constant, mean_image
 from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError
 from louver.stochastic import silenced
+from louver.types import Progress
 
 __all__ = ["Likelihood"]
 

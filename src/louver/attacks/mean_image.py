@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from louver.attacks.base import Auxiliary, Inverter, Progress, View
+from louver.attacks.base import Auxiliary, Inverter, View
+from louver.types import Progress
 
 __all__ = ["Constant", "MeanImage", "mean_image"]
 

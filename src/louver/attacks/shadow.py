@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from louver.attacks.base import Auxiliary, Inverter, Progress, View
+from louver.attacks.base import Auxiliary, Inverter, View
 from louver.attacks.decoder import Decoder
 from louver.attacks.linear import feature_statistics, standardization
 from louver.errors import AttackError, ConfigError, DataError, ThreatError
+from louver.types import Progress
 
 __all__ = ["Shadow"]
 
