@@ -1,0 +1,166 @@
+"""What was claimed of the four systems, answered yes or no from the recorded tables, in results/claims-SCALE.json.
+
+python benchmarks/claims.py [--scale laptop]
+
+Reads results/defenses-NAME-SCALE.json as `benchmarks/defenses.py` wrote them; of a table that is not there nothing is
+said. Leakage is that of the strongest attack; one cell leaks less than another if their intervals do not meet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from common import RESULTS, record
+
+Cell = dict[str, Any]
+BASELINES = ("gaussian", "none", "noise", "nopeek", "bottleneck", "dropout", "adversarial", "laplace")
+
+
+def table(name: str, scale: str) -> dict[str, Cell]:
+    path = RESULTS / f"defenses-{name}-{scale}.json"
+    return {one["name"]: one for one in json.loads(path.read_text())["cells"]} if path.is_file() else {}
+
+
+def utility(cell: Cell) -> tuple[float, float, float]:
+    first = next(iter(cell["utility"].values()))
+    return first["mean"], first["low"], first["high"]
+
+
+def leak(cell: Cell, measure: str) -> dict[str, Any]:
+    """The row of the strongest attack by `measure`."""
+    return max((row for row in cell["leakage"] if row["measure"] == measure), key=lambda row: row["mean"])
+
+
+def error(cell: Cell) -> float:
+    """Geometric mean over images of the squared error of the strongest attack, which is what mean PSNR says."""
+    return float(10 ** (-leak(cell, "psnr")["mean"] / 10))
+
+
+def line(cell: Cell) -> dict[str, Any]:
+    ssim, (mean, low, high) = leak(cell, "ssim"), utility(cell)
+    return {
+        "utility": [mean, low, high],
+        "ssim": [ssim["mean"], ssim["low"], ssim["high"], ssim["floor"]],
+        "psnr": leak(cell, "psnr")["mean"],
+        "edge_macs": cell["edge_macs"],
+    }
+
+
+def less(a: Cell, b: Cell) -> bool:
+    """Whether `a` is shown to leak less than `b`: the intervals of SSIM do not meet."""
+    return bool(leak(a, "ssim")["high"] < leak(b, "ssim")["low"])
+
+
+def siftfunnel(cells: dict[str, Cell], base: str) -> list[dict[str, Any]]:
+    """Fewer than 3 points lost, 30 % more error than the best baseline of no less accuracy, information halved."""
+    found = []
+    for name in (name for name in cells if name.startswith("siftfunnel")):
+        cell = cells[name]
+        rivals = [
+            one
+            for one in cells.values()
+            if one["defense"] in BASELINES and one["cut"] == cell["cut"] and utility(one)[0] >= utility(cell)[0]
+        ]
+        best = max(rivals, key=error, default=None)
+        halved = {
+            what: cell["information"][what]["mean"] / cells[base]["information"][what]["mean"]
+            for what in ("mine", "effective_volume")
+        }
+        lost = utility(cells[base])[0] - utility(cell)[0]
+        more = error(cell) / error(best) - 1 if best else None
+        found.append(
+            {
+                "cell": name,
+                **line(cell),
+                "points lost": round(100 * lost, 2),
+                "best baseline": best and best["name"],
+                "error against it": more and round(more, 3),
+                "information left": {what: round(value, 3) for what, value in halved.items()},
+                "answer": {
+                    "fewer than 3 points lost": lost < 0.03,
+                    "30 % more error": more is not None and more >= 0.3,
+                    "information halved": all(value <= 0.5 for value in halved.values()),
+                },
+            }
+        )
+    return found
+
+
+def patrol(cells: dict[str, Cell], shallower: str, deeper: str) -> dict[str, Any]:
+    """Against both unprotected cuts; and what each part contributes at the strength of the ablation."""
+    swept = {
+        name: cell for name, cell in cells.items() if name.startswith("patrol-") and not name.startswith("patrol-no")
+    }
+    parts = {}
+    for name in (name for name in cells if name.startswith("patrol-no-")):
+        whole, without = cells["patrol-1"], cells[name]
+        parts[name.removeprefix("patrol-no-")] = {
+            **line(without),
+            "leaks more without it": less(whole, without),
+            "costs more without it": without["edge_macs"] > whole["edge_macs"],
+        }
+    return {
+        "unprotected": {name: line(cells[name]) for name in (shallower, deeper)},
+        "cells": {
+            name: {
+                **line(cell),
+                "leaks less than the shallower cut at no more MACs": less(cell, cells[shallower])
+                and cell["edge_macs"] <= cells[shallower]["edge_macs"],
+                "leaks less than the deeper cut": less(cell, cells[deeper]),
+                "points lost": round(100 * (utility(cells[deeper])[0] - utility(cell)[0]), 2),
+            }
+            for name, cell in swept.items()
+        },
+        "parts": parts,
+    }
+
+
+def pairs(cells: dict[str, Cell], first: str, second: str) -> list[dict[str, Any]]:
+    """`first` and `second` at equal strengths: points gained, and dB by which the strongest attack changes."""
+    found = []
+    for name in (name for name in cells if name.startswith(f"{first}-")):
+        other = cells.get(f"{second}-{name.removeprefix(f'{first}-')}")
+        if other is None:
+            continue
+        found.append(
+            {
+                "strength": cells[name]["strength"],
+                "points": round(100 * (utility(cells[name])[0] - utility(other)[0]), 2),
+                "points are told apart": utility(cells[name])[1] > utility(other)[2]
+                or utility(other)[1] > utility(cells[name])[2],
+                "dB": round(leak(cells[name], "psnr")["mean"] - leak(other, "psnr")["mean"], 2),
+                "leaks less": less(cells[name], other),
+                first: line(cells[name]),
+                second: line(other),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=("laptop", "paper"), default="laptop")
+    scale = parser.parse_args().scale
+    started = time.monotonic()
+    cifar, faces = table("cifar10", scale), table("faces", scale)
+    figures: dict[str, Any] = {}
+    if cifar:
+        figures["SiftFunnel, CIFAR-10"] = siftfunnel(cifar, "none-layer2-tuned")
+        figures["PATROL, CIFAR-10"] = patrol(cifar, "none-layer1", "none-layer2")
+        figures["Fisher against random channels, CIFAR-10"] = pairs(cifar, "privynet", "privynet-random")
+    if faces:
+        figures["advanced against noisy embedding, faces"] = pairs(faces, "advanced", "noisy")
+    for name in ("vehicles", "streets"):
+        cells = table(name, scale)
+        if cells:
+            figures[f"SiftFunnel, {name}"] = siftfunnel(cells, "none-stage3-tuned")
+            figures[f"PATROL, {name}"] = patrol(cells, "none-stage2", "none-stage3")
+    print(json.dumps(figures, indent=1))
+    print(record(f"claims-{scale}", {"claims": figures}, seed=0, seconds=time.monotonic() - started))
+
+
+if __name__ == "__main__":
+    main()
