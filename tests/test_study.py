@@ -102,7 +102,7 @@ def test_hardening_may_start_from_nothing_and_its_metrics_are_kept(tmp_path, mon
     assert facts["rank_privacy"]["chance"] == pytest.approx(39 / 80)
     assert 0 <= facts["rank_privacy"]["low"] <= facts["rank_privacy"]["privacy"] <= facts["rank_privacy"]["high"] <= 1
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 1]
+    assert [line["epoch"] for line in lines] == [1, 2]
     assert (folder / "report.html").is_file()
 
 

@@ -40,7 +40,7 @@ __all__ = ["FLOOR", "Settings", "audit"]
 FLOOR = "mean_image"
 """The attack that looks at no feature; its score stands beside every other as the floor."""
 
-_SCHEME = 2
+_SCHEME = 3
 """Raised when a change makes finished units mean something else; they are then run again."""
 
 

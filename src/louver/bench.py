@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from louver.defenses import NoDefense
 from louver.errors import ConfigError, LouverError, nearest
 from louver.hardening import Origin, describe
 from louver.storage import write_json
-from louver.study import study
+from louver.study import study, weakened
 from louver.tables import BENCHES, Bench, Cell
 from louver.types import Progress, Roles
 
@@ -100,6 +101,7 @@ def run_bench(
                 strength=cell.strength,
                 variant=cell.variant,
                 label=bench.label,
+                notes=weakened(bench.judging.attacks),
                 seed=bench.seed,
                 device=device,
                 progress=told,
@@ -176,8 +178,8 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _key(bench: Bench, cell: Cell, scale: str, model: nn.Module) -> str:
-    """All that a cell's facts depend on, but for the images, whose names the table fixes."""
-    digest = hashlib.sha256()
+    """All that a cell's facts depend on, the program included, but for the images, whose names the table fixes."""
+    digest = hashlib.sha256(_program())
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     parts = (
@@ -186,6 +188,15 @@ def _key(bench: Bench, cell: Cell, scale: str, model: nn.Module) -> str:
     )
     digest.update("\n".join(map(repr, parts)).encode())
     return digest.hexdigest()
+
+
+@cache
+def _program() -> bytes:
+    """A digest of this package's source: a cell that a weaker attack judged must not stand beside later ones."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def _all(roles: Roles) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from louver.hardening import Origin
 from louver.models import load_model, save_weights
 from louver.runs import RunFolder, load_audit
 from louver.storage import write_bytes
-from louver.study import Judging, study
+from louver.study import Judging, study, weakened
 from louver.tasks import Attributes, Classification, Task
 from louver.thresholds import parse_rule
 from louver.training import fit
@@ -60,7 +60,7 @@ def run_experiment(
     settings = _audit_settings(experiment)
     attacks = {name: entry.attack for name, entry in experiment.attacks.items()}
     rules = [parse_rule(rule) for rule in experiment.thresholds]
-    notes = [*notes, *_weakened(experiment)]
+    notes = [*notes, *weakened({name: entry.attack for name, entry in experiment.attacks.items()})]
     if experiment.defense is not None:
         assert task is not None
         study(
@@ -187,26 +187,6 @@ def _check_classes(label: str | None, roles: list[Images]) -> None:
                 f"{images.name} and {named[0].classes[label or '']} in {named[0].name}; give every folder the same "
                 "subfolders, since classes are numbered by them"
             )
-
-
-_STRENGTH = ("blocks", "epochs", "n_sweep", "restarts", "steps", "sweep_steps", "trial_steps", "width")
-
-
-def _weakened(experiment: Experiment) -> list[str]:
-    """A note for each attack whose knobs are below their defaults: what it failed to rebuild, a stronger one may."""
-    notes = []
-    for name, entry in experiment.attacks.items():
-        default = type(entry.attack)()
-        weaker = [
-            f"{knob} {getattr(entry.attack, knob)} (default {getattr(default, knob)})"
-            for knob in _STRENGTH
-            if hasattr(default, knob) and getattr(entry.attack, knob) < getattr(default, knob)
-        ]
-        if weaker:
-            notes.append(
-                f"{name} ran below its default strength: {', '.join(weaker)}. At full strength it may rebuild more."
-            )
-    return notes
 
 
 def _task(experiment: Experiment, roles: Roles) -> Task | None:

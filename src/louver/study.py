@@ -20,6 +20,7 @@ from torch import Tensor
 from louver.attacks import Attack
 from louver.audit import FLOOR, Settings, audit
 from louver.cut import Split
+from louver.errors import ConfigError
 from louver.features import ImageRows, compute_features, drawing_from
 from louver.hardening import Origin, defense_knobs, defense_name, harden, save_split
 from louver.measures.information import (
@@ -41,7 +42,9 @@ from louver.thresholds import Rule
 from louver.training import Training
 from louver.types import Audit, Images, Log, Progress, Roles, Threat
 
-__all__ = ["Judging", "study"]
+__all__ = ["Judging", "study", "utility", "weakened"]
+
+_STRENGTH = ("blocks", "epochs", "n_sweep", "restarts", "steps", "sweep_steps", "trial_steps", "width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,10 @@ def study(
         LouverError: whatever `harden`, `audit` and the probes refuse. Nothing is written then: no facts, no privacy.
     """
     tell = progress or (lambda what, fraction: None)
+    if judging.completion_counts and not isinstance(task, Classification):
+        raise ConfigError(f"model completion is of classifications, got {type(task).__name__}; leave completion out")
+    if judging.on_reconstructions and not judging.private:
+        raise ConfigError("expected label columns to probe reconstructions for, got none; name them, or leave it out")
     defense = origin.defense
     started = time.monotonic()
     hard = halves
@@ -165,7 +172,7 @@ def study(
         "information": _information(sent, task, judging, seed),
         "probes": _probes(sent, hard, judging, found, folder, seed, device),
         "completion": _completion(sent, hard, task, judging, seed, device),
-        "rank_privacy": _rank_privacy(hard, sent, seed),
+        "rank_privacy": _rank_privacy(hard, sent, judging.settings.observations, seed),
     }
     facts["seconds"] = {
         "harden": round(hardened - started, 1),
@@ -184,6 +191,23 @@ def utility(
     with drawing_from(seed, torch.device(device)):
         values = task.per_image(model, images, device=device)
     return {name: _interval(per_image, seed) for name, per_image in values.items()}
+
+
+def weakened(attacks: Mapping[str, Attack]) -> list[str]:
+    """A note for each attack whose knobs are below their defaults: what it failed to rebuild, a stronger one may."""
+    notes = []
+    for name, attack in attacks.items():
+        default = type(attack)()
+        weaker = [
+            f"{knob} {getattr(attack, knob)} (default {getattr(default, knob)})"
+            for knob in _STRENGTH
+            if hasattr(default, knob) and getattr(attack, knob) < getattr(default, knob)
+        ]
+        if weaker:
+            notes.append(
+                f"{name} ran below its default strength: {', '.join(weaker)}. At full strength it may rebuild more."
+            )
+    return notes
 
 
 def _interval(per_image: NDArray[np.float64], seed: int) -> dict[str, float]:
@@ -213,7 +237,13 @@ class _Sent:
 
         def features(images: Images, noise_seed: int) -> Tensor:
             rows = compute_features(
-                hard.edge, ImageRows(images), hard.cut.feature_shape, device=device, memory_bytes=2**31, seed=noise_seed
+                hard.edge,
+                ImageRows(images),
+                hard.cut.feature_shape,
+                device=device,
+                memory_bytes=2**31,
+                seed=noise_seed,
+                observations=judging.settings.observations,
             )
             return rows.rows(np.arange(len(images)))
 
@@ -276,8 +306,10 @@ def _probes_on_pictures(
     sent: _Sent, judging: Judging, found: Audit, folder: Path, seed: int, device: torch.device | str
 ) -> list[dict[str, Any]]:
     """Probes that learn on the attacker's true pictures and look at what the strongest attack rebuilt."""
-    scored = [row for row in found.rows if row.measure == "ssim" and row.attack != FLOOR]
-    strongest = max(scored, key=lambda row: row.mean)
+    measures = {row.measure for row in found.rows}
+    measure = next((name for name in ("ssim", "psnr") if name in measures), found.rows[0].measure)
+    scored = [row for row in found.rows if row.measure == measure and row.attack != FLOOR]
+    strongest = max(scored, key=lambda row: row.mean if row.leaks_when == "high" else -row.mean)
     rebuilt = RunFolder(folder).pictures(strongest.cut, strongest.attack)
     count = len(rebuilt)
     pictures = {role: torch.from_numpy(images.floats()) for role, images in sent.images.items()}
@@ -294,8 +326,9 @@ def _probes_on_pictures(
 def _completion(
     sent: _Sent, hard: Split, task: Task, judging: Judging, seed: int, device: torch.device | str
 ) -> list[dict[str, Any]]:
-    if not judging.completion_counts or not isinstance(task, Classification):
+    if not judging.completion_counts:
         return []
+    assert isinstance(task, Classification)
     labels = {role: images.column(task.column) for role, images in sent.images.items()}
     results = completion(
         hard.cloud, sent.features, labels, counts=judging.completion_counts, seed=seed, device=device, steps=150
@@ -303,7 +336,7 @@ def _completion(
     return [{key: value for key, value in asdict(one).items() if isinstance(value, int | float)} for one in results]
 
 
-def _rank_privacy(hard: Split, sent: _Sent, seed: int) -> dict[str, float] | None:
+def _rank_privacy(hard: Split, sent: _Sent, observations: int, seed: int) -> dict[str, float] | None:
     """How well a picture's noisy features hide among those of the other test pictures; None without noise."""
     layers = [layer for layer in hard.edge.modules() if isinstance(layer, Noise)]
     if not layers or any(isinstance(m, Stochastic) and not isinstance(m, Noise) for m in hard.edge.modules()):
@@ -312,7 +345,7 @@ def _rank_privacy(hard: Split, sent: _Sent, seed: int) -> dict[str, float] | Non
     quiet = silenced(hard.edge).eval()
     with torch.no_grad():
         clean = torch.cat([quiet(part.to(next(iter(quiet.parameters())).device)).cpu() for part in pictures.split(256)])
-    found = rank_privacy(clean, sent.features["test"], float(layers[-1].std))
+    found = rank_privacy(clean, sent.features["test"], float(layers[-1].std) / observations**0.5)
     ranks, hits = _interval(found.ranks, seed), _interval(found.hits, seed)
     return {
         "privacy": found.privacy,

@@ -118,9 +118,10 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
     cut, shallower = "layer2", "layer1"
     roles = assign_roles(
         train=load_images("cifar10/train[:5000]" if is_laptop else "cifar10/train[:45000]"),
-        validation=load_images("cifar10/train[45000:46000]" if is_laptop else "cifar10/train[45000:50000]"),
+        # Not of the train split: the published weights have seen all of it, and would validate their own memory.
+        validation=load_images("cifar10/test[9000:]"),
         test=load_images("cifar10/test[:1000]"),
-        auxiliary=load_images("cifar10/test[1000:2500]" if is_laptop else "cifar10/test[1000:]"),
+        auxiliary=load_images("cifar10/test[1000:2500]" if is_laptop else "cifar10/test[1000:9000]"),
     )
     model = load_model("cifar_resnet20", weights="resnet20_cifar10")
     example = torch.from_numpy(roles.test.floats(slice(0, 2)))
@@ -140,13 +141,19 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         *_ablations(1.0, patrol, cut),
         *_swept("siftfunnel", lambda c: SiftFunnel(channels=int(c)), "channels", (12, 6, 3), cut),
         *_swept("privynet", lambda d: PrivyNet(n_channels=int(d), secret_seed=seed), "n_channels", (16, 8, 4), cut),
-        *_swept(
-            "privynet-random",
-            lambda d: PrivyNet(n_channels=int(d), choice="random", drop_leaky=0.0, secret_seed=seed),
-            "n_channels",
-            (16, 8, 4),
-            cut,
-            "random channels",
+        # Which channels are drawn is chance: Fisher's choice is fixed, what it is compared to is drawn several times.
+        *_swept("fisher", _channels("fisher", seed), "n_channels", (16, 8, 4), cut, "Fisher's channels"),
+        *(
+            cell
+            for draw in range(3 if is_laptop else 10)
+            for cell in _swept(
+                f"random{draw}",
+                _channels("random", draw),
+                "n_channels",
+                (16, 8, 4),
+                cut,
+                f"random channels, draw {draw}",
+            )
         ),
         *_swept("hybrid", _hybrid("advanced", 64), "noise_std", (0.5, 1.0, 2.0), cut),
         *(
@@ -185,6 +192,15 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         victim=lambda folder, tell: model,
         seed=seed,
     )
+
+
+def _channels(choice: Literal["fisher", "random"], draw: int) -> Callable[[float], Defense]:
+    """PrivyNet's choice of channels alone: none dropped for leaking, none to spare."""
+
+    def make(n_channels: float) -> Defense:
+        return PrivyNet(n_channels=int(n_channels), choice=choice, drop_leaky=0.0, spare=0.0, secret_seed=draw)
+
+    return make
 
 
 def _laplace(std: float) -> Defense:

@@ -10,8 +10,9 @@ from torch import nn
 
 from louver.cut import Split, split
 from louver.defenses.base import Batch
-from louver.defenses.hybrid import Hybrid, contrastive_loss, explained_variance
+from louver.defenses.hybrid import Hybrid, _pairs, contrastive_loss, explained_variance
 from louver.errors import ConfigError, DataError
+from louver.tasks import ReIdentification
 from louver.types import Images
 
 
@@ -31,13 +32,16 @@ def halves() -> Split:
 
 
 def slow_siamese(features: list[list[float]], targets: list[tuple[int, ...]], margin: float) -> float:
-    n = len(features) // 2
+    quarter, even = len(features) // 4, 2 * (len(features) // 2)
+    n_far = (even - 2 * quarter) // 2
+    pairs = [(2 * i, 2 * i + 1) for i in range(quarter)]
+    pairs += [(2 * quarter + i, 2 * quarter + n_far + i) for i in range(n_far)]
     total = 0.0
-    for i in range(n):
-        d = math.sqrt(sum((a - b) ** 2 for a, b in zip(features[i], features[i + n], strict=True)))
-        s = 1.0 if targets[i] == targets[i + n] else 0.0
+    for i, j in pairs:
+        d = math.sqrt(sum((a - b) ** 2 for a, b in zip(features[i], features[j], strict=True)))
+        s = 1.0 if targets[i] == targets[j] else 0.0
         total += s * d**2 + (1 - s) * max(0.0, margin - d) ** 2
-    return total / (2 * n)
+    return total / (2 * len(pairs))
 
 
 def batch_of(features: torch.Tensor, targets: torch.Tensor) -> Batch:
@@ -61,9 +65,16 @@ def test_the_siamese_term_is_that_of_a_slow_loop(n, columns):
     assert not pressure.freezes_edge
 
 
+def test_batches_of_a_metric_task_hold_alike_and_different_pairs():
+    identities = torch.arange(40).repeat_interleave(8)
+    for batch in ReIdentification(per_identity=4).batches(identities, 64, torch.Generator().manual_seed(0)):
+        first, second = identities[batch][_pairs(len(batch))].chunk(2)
+        assert 0.3 < float((first == second).double().mean()) < 0.7
+
+
 def test_primary_names_the_column_that_counts():
-    features = torch.tensor([[0.0], [0.0], [1.0], [2.0]])
-    targets = torch.tensor([[0, 5], [1, 5], [0, 6], [2, 5]])
+    features = torch.tensor([[0.0], [1.0], [0.0], [2.0]])
+    targets = torch.tensor([[0, 5], [0, 6], [1, 5], [2, 5]])
     split_ = halves()
 
     def term(primary):

@@ -11,7 +11,7 @@ from math import prod
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from louver.cut import Split, joined
@@ -176,8 +176,7 @@ def explained_variance(split: Split) -> Float[Tensor, " k"]:
 class _Siamese(Pressure):
     """CE_a + CE_b + λ·contrastive: the loss of the whole batch is the mean of both streams', so it counts twice.
 
-    Streams are the halves of a batch. They share all weights, as in the paper, and one pass serves both. A sampler
-    that puts alike images side by side would leave no alike pairs.
+    The two streams share all weights, as in the paper, and one pass over a batch serves both; see `_pairs`.
     """
 
     task_weight = 2.0
@@ -188,7 +187,6 @@ class _Siamese(Pressure):
 
     def terms(self, split: Split, batch: Batch) -> dict[str, Tensor]:
         """The weighted contrastive term."""
-        half = len(batch.features) // 2
         targets = batch.targets.flatten(1) if batch.targets.ndim > 1 else batch.targets[:, None]
         if self.primary is not None:
             if self.primary >= targets.shape[1]:
@@ -196,8 +194,22 @@ class _Siamese(Pressure):
                     f"Hybrid: expected primary below {targets.shape[1]}, the columns of the targets, got {self.primary}"
                 )
             targets = targets[:, self.primary : self.primary + 1]
-        is_alike = (targets[:half] == targets[half : 2 * half]).all(1)
-        return {"siamese": self.weight * contrastive_loss(batch.features, is_alike, margin=self.margin)}
+        order = _pairs(len(targets))
+        half, targets = len(order) // 2, targets[order]
+        is_alike = (targets[:half] == targets[half:]).all(1)
+        return {"siamese": self.weight * contrastive_loss(batch.features[order], is_alike, margin=self.margin)}
+
+
+def _pairs(n: int) -> Int[Tensor, " rows"]:
+    """The rows of a batch, first of each pair and then second: neighbors in one half of it, far rows in the other.
+
+    A sampler for metric losses puts rows of one identity side by side: far rows alone would never be alike there, and
+    neighbors hardly ever different.
+    """
+    # A batch of one stays one: the loss refuses it.
+    quarter, rows = n // 4, torch.arange(2 * (n // 2) or n)
+    near, far = rows[: 2 * quarter], rows[2 * quarter :]
+    return torch.cat([near[::2], far[: len(far) // 2], near[1::2], far[len(far) // 2 :]])
 
 
 def _halves(

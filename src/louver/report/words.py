@@ -293,7 +293,8 @@ def threat_withholds(threat: Threat) -> list[tuple[str, str]]:
         told.append(
             (
                 "Knowledge of the defense",
-                "The attacks did not adapt to it. A defense that works only while secret should not be relied on.",
+                "The attacks were fitted to the protected features all the same, which can only make them stronger. A "
+                "defense that works only while secret should not be relied on.",
             )
         )
     return [
