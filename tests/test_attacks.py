@@ -18,6 +18,7 @@ from louver.attacks.likelihood import frozen, total_variation
 from louver.attacks.linear import feature_statistics, fit_flat, fit_local, standardization, to_grid
 from louver.errors import AttackError, ConfigError, DataError, ThreatError
 from louver.measures import psnr, ssim, summarize
+from louver.stochastic import Noise as DefenseNoise
 from toys import SHAPE, Mixed, Noise, Shuffled, Silent, Tokens, Wide, features_of, pictures, view_of
 
 N_TEST = 24
@@ -255,6 +256,35 @@ def test_folded_edge_has_the_features_of_the_edge() -> None:
     torch.testing.assert_close(folded(x), edge(x), rtol=1e-4, atol=1e-5)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert not any(p.requires_grad for p in folded.parameters())
+
+
+class _Uneven(nn.Module):
+    """The pictures' coordinates on an orthogonal basis, of which all but a few hardly ever change; then noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = Mixed()
+        self.noise = DefenseNoise(0.05)
+        self.register_buffer("gain", torch.cat([torch.ones(60), torch.full((516,), 0.02)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.noise(self.mix(x) * self.gain)
+
+
+def test_likelihood_weighs_channels_by_the_noise_and_not_by_what_they_say() -> None:
+    view = view_of(_Uneven(), n=100)
+    attack = Likelihood(steps=80, starts=("mean",), tv=(0.01,), l2=(0.0,))
+    search = attack.prepare(view, seed=0)
+    scale = search.state()["scale"]
+    assert len(scale.unique()) == 1
+    _, own = feature_statistics(view.train)
+    assert float(own.min()) < float(scale.max()) < float(own.max())
+    again = attack.restore(view, search.state())
+    truth, features = view.validation.images.rows(np.arange(8)), view.validation.features.rows(np.arange(8))
+    alike = float(psnr(truth, search(features)).mean())
+    assert alike == pytest.approx(float(psnr(truth, again(features)).mean()))
+    again._scale = own
+    assert alike > float(psnr(truth, again(features)).mean()) + 0.5
 
 
 def test_likelihood_does_not_fold_what_would_change() -> None:

@@ -16,7 +16,7 @@ from louver.attacks.linear import feature_statistics
 from louver.attacks.mean_image import Constant, mean_image
 from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError
-from louver.stochastic import silenced
+from louver.stochastic import Noise, silenced
 from louver.types import Progress
 
 __all__ = ["Likelihood"]
@@ -98,6 +98,8 @@ class Likelihood:
         _, scale = feature_statistics(train, most=_ENOUGH)  # a difference of features needs no mean
         if not bool(scale.any()):
             return Constant(mean_image(train))  # features that never change say nothing; smoothing is no search
+        if any(isinstance(layer, Noise) and bool(layer.std > 0) for layer in edge.modules()):
+            scale = _one_scale(scale)
         search = _Search(
             self, frozen(edge, view.image_shape).to(view.device), scale, mean_image(train, most=_ENOUGH), view, seed
         )
@@ -155,6 +157,15 @@ def frozen(edge: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
         expected, got, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
     )
     return folded if is_same else copied
+
+
+def _one_scale(scale: Tensor) -> Tensor:
+    """One factor for all channels that are heard: under noise of one strength, likelihood weighs them alike.
+
+    By its own deviation each, a channel of little but noise would count as much as one that says everything.
+    """
+    is_heard = scale > 0
+    return is_heard * scale[is_heard].square().reciprocal().mean().rsqrt()
 
 
 def _check_gradient(misfit: Tensor, x: Tensor) -> None:
