@@ -170,6 +170,7 @@ def main() -> None:
         if cells:
             figures[f"SiftFunnel, {name}"] = siftfunnel(cells, "none-stage3-tuned")
             figures[f"PATROL, {name}"] = patrol(cells, "none-stage2", "none-stage3")
+    figures = {claim: found for claim, found in figures.items() if found}
     print(json.dumps(figures, indent=1))
     print(record(f"claims-{scale}", {"claims": figures}, seed=0, seconds=time.monotonic() - started))
 
