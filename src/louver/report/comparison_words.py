@@ -184,7 +184,7 @@ def order_in_words(found: Comparison, names: Mapping[str, str]) -> str:
         "The criterion of inversion difficulty (mutual information, entropy and effective volume together"
         f"{beside}) was compared with measured leakage over {order.n_splits} splits: Spearman’s rank correlation of "
         f"difficulty with less leakage is {say(order.correlation)} ({say(order.low)} to {say(order.high)}), "
-        f"p = {say(order.p_value)}. {verdict}"
+        f"p {'< 0.001' if order.p_value < 0.001 else f'= {say(order.p_value)}'}. {verdict}"
     )
 
 
