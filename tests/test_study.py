@@ -121,6 +121,8 @@ def test_hardening_may_start_from_nothing_and_its_metrics_are_kept(tmp_path, mon
             "no channel dimension for a funnel",
         ),
         ({"defense": {"kind": "patrol", "target_macs": 5}}, "MAC"),
+        ({"probes": {"completion": [5]}}, "model completion is of classifications, got ReIdentification"),
+        ({"probes": {"reconstructions": True}}, "columns to probe reconstructions for, got none"),
     ],
     ids=lambda value: str(value)[:40],
 )
