@@ -27,10 +27,11 @@ from torch import Tensor
 from louver.attacks import Attack, Auxiliary, Inverter, MeanImage, View
 from louver.cut import Split
 from louver.errors import AttackError, ConfigError, DataError, ThreatError, nearest
-from louver.features import ImageRows, compute_features, drawing_from, observed
+from louver.features import ImageRows, compute_features, observed
 from louver.measures import Measure, MeasureContext, resolve_measures
 from louver.measures.statistics import row
 from louver.runs import RunFolder, Unit
+from louver.stochastic import drawing_from
 from louver.tasks import Task
 from louver.thresholds import Rule, judge
 from louver.types import Audit, Finding, Images, Progress, Roles, Threat

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from louver.cut import split
 from louver.defenses import NoDefense
+from louver.defenses.channels import edge_digest
 from louver.errors import ConfigError, LouverError, nearest
 from louver.hardening import Origin, describe
 from louver.storage import write_json
@@ -65,15 +65,16 @@ def run_bench(
     if jobs < 1:
         raise ConfigError(f"expected 1 job or more at a time, got {jobs}")
     model = bench.victim(folder, tell)
+    weights = edge_digest(model)
+    keys = {cell.name: _key(bench, cell, scale, weights) for cell in cells}
     if jobs > 1:
-        open_ones = [cell for cell in cells if _finished(folder / cell.name, _key(bench, cell, scale, model)) is None]
+        open_ones = [cell for cell in cells if _finished(folder / cell.name, keys[cell.name]) is None]
         _run_together(open_ones, ["bench", name, "--scale", scale, "--seed", str(seed)], folder, device, jobs, tell)
     example = torch.from_numpy(bench.roles.test.floats(slice(0, 2)))
     facts = []
     for order, cell in enumerate(cells):
         path = folder / cell.name
-        key = _key(bench, cell, scale, model)
-        done = _finished(path, key)
+        done = _finished(path, keys[cell.name])
         if done is None:
 
             def told(what: str, fraction: float, order: int = order, cell: Cell = cell) -> None:
@@ -106,7 +107,7 @@ def run_bench(
                 device=device,
                 progress=told,
             )
-            write_json(path / "bench.json", {"key": key})
+            write_json(path / "bench.json", {"key": keys[cell.name]})
         facts.append(done)
     return facts
 
@@ -177,11 +178,9 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
     return facts
 
 
-def _key(bench: Bench, cell: Cell, scale: str, model: nn.Module) -> str:
+def _key(bench: Bench, cell: Cell, scale: str, weights: str) -> str:
     """All that a cell's facts depend on, the program included, but for the images, whose names the table fixes."""
-    digest = hashlib.sha256(_program())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256(_program() + weights.encode())
     parts = (
         *(scale, describe(cell.defense), replace(cell, defense=NoDefense()), bench.judging, bench.training),
         *(bench.task, bench.seed, metadata.version("louver"), *(len(images) for images in _all(bench.roles))),

@@ -60,7 +60,7 @@ def run_experiment(
     settings = _audit_settings(experiment)
     attacks = {name: entry.attack for name, entry in experiment.attacks.items()}
     rules = [parse_rule(rule) for rule in experiment.thresholds]
-    notes = [*notes, *weakened({name: entry.attack for name, entry in experiment.attacks.items()})]
+    notes = [*notes, *weakened(attacks)]
     if experiment.defense is not None:
         assert task is not None
         study(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from louver.errors import AttackError
+from louver.stochastic import drawing_from
 from louver.storage import RowFile
 from louver.types import Images, Progress
 
-__all__ = ["FeatureRows", "ImageRows", "compute_features", "drawing_from", "observed"]
+__all__ = ["FeatureRows", "ImageRows", "compute_features", "observed"]
 
 _BATCH_FLOATS = 2**24
 
@@ -94,14 +93,6 @@ def compute_features(
             if progress is not None:
                 progress("features", (start + len(index)) / len(images))
     return FeatureRows(file)
-
-
-@contextmanager
-def drawing_from(seed: int, device: torch.device) -> Iterator[None]:
-    """What draws by chance draws from `seed` in here; torch's global generators go on as they were outside."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def observed(edge: nn.Module, images: Float[Tensor, "n c h w"], observations: int) -> Tensor:

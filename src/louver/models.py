@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from louver.errors import ConfigError, LouverError, WeightsError, nearest
 from louver.networks import CifarResNet, StreetNet
+from louver.stochastic import drawing_from
 from louver.weights import fit_weights, read_weights, save_weights, weights_file
 
 __all__ = ["OWN", "Normalized", "load_model", "perceptual_backbone", "save_weights"]
@@ -128,7 +129,7 @@ def load_model(
     if is_pretrained and source not in ("torchvision", "timm"):
         raise WeightsError(f'{name}: weights="pretrained" is for torchvision and timm networks; give a file instead')
     request = Request(n_classes=n_classes, image_shape=image_shape, is_pretrained=is_pretrained)
-    with _seeded(seed):
+    with drawing_from(seed):
         try:
             built = builder(request)
         except LouverError:
@@ -327,14 +328,6 @@ def _importing_from_here() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Weights are drawn from torch's global generator: seeded in here, as it was before outside."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 class PerceptualBackbone(nn.Module):

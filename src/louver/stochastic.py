@@ -7,6 +7,8 @@ They draw from torch's global generator of the device. On a real device noise co
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from louver.errors import ConfigError
 
-__all__ = ["Noise", "RandomMask", "Stochastic", "silenced"]
+__all__ = ["Noise", "RandomMask", "Stochastic", "drawing_from", "silenced"]
 
 
 class Stochastic(nn.Module):
@@ -89,3 +91,19 @@ def silenced(module: nn.Module) -> nn.Module:
         if isinstance(layer, Stochastic):
             layer.is_silent = True
     return quiet
+
+
+@contextmanager
+def drawing_from(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """What draws by chance, on the processor or `device`, draws from `seed` in here.
+
+    Torch's global generators go on as they were outside.
+    """
+    is_cuda = device is not None and device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if is_cuda else []):
+        # Not torch.manual_seed: it would set the generators of other devices too, and leave them so.
+        torch.default_generator.manual_seed(seed)
+        if is_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

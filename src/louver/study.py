@@ -21,7 +21,7 @@ from louver.attacks import Attack
 from louver.audit import FLOOR, Settings, audit
 from louver.cut import Split
 from louver.errors import ConfigError
-from louver.features import ImageRows, compute_features, drawing_from
+from louver.features import ImageRows, compute_features
 from louver.hardening import Origin, defense_knobs, defense_name, harden, save_split
 from louver.measures.information import (
     distance_correlation,
@@ -35,7 +35,7 @@ from louver.measures.ranking import rank_privacy
 from louver.measures.statistics import summarize
 from louver.probes import LinearProbe, NeighborProbe, Probe, ProbeResult, TailProbe, completion, probe, reidentify
 from louver.runs import RunFolder
-from louver.stochastic import Noise, Stochastic, silenced
+from louver.stochastic import Noise, Stochastic, drawing_from, silenced
 from louver.storage import write_json
 from louver.tasks import Classification, Task
 from louver.thresholds import Rule

@@ -7,7 +7,6 @@ number of threads.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -15,7 +14,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from louver.cut import Split
 from louver.defenses.base import Batch, Pressure
 from louver.devices import has_fast_bfloat16
 from louver.errors import ConfigError, DataError, nearest
+from louver.stochastic import drawing_from
 from louver.tasks import Criterion, Task
 from louver.types import Images, Log, Progress
 
@@ -207,11 +207,12 @@ def train(
         _restore(run, checkpoint, marks)
     wrapped = fabric.setup(run.trainee, run.optimizer, move_to_device=False)
     while run.epoch < epochs and not _is_stale(run, config):
-        with _seeded(seed, run.epoch, fabric.device):
+        # Dropout and its like draw from torch's global generators.
+        with drawing_from(_epoch_seed(seed, run.epoch), fabric.device):
             losses = _train_epoch(run, wrapped, task, images, targets, config, epochs, seed, fabric, checkpoint)
         run.epoch += 1
         # Noise that stays on in use is drawn here too: the same in every epoch, so that they are compared alike.
-        with _seeded(seed, 0, fabric.device):
+        with drawing_from(_epoch_seed(seed, 0), fabric.device):
             score = task.evaluate(run.trainee.network, validation, device=fabric.device)[task.score]
         run.history.append({**losses, f"validation_{task.score}": score})
         # Not >=: of equal epochs the first is kept, so that more epochs never change a tie.
@@ -406,18 +407,6 @@ def _offsets(n: int, shift: int, generator: torch.Generator) -> Int[Tensor, "n 1
 def _epoch_seed(seed: int, epoch: int) -> int:
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Dropout and its like draw from torch's global generators: seeded in here, as they were before outside."""
-    is_cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if is_cuda else []):
-        torch.default_generator.manual_seed(_epoch_seed(seed, epoch))
-        if is_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(_epoch_seed(seed, epoch))
-        yield
 
 
 def _marks(

@@ -30,8 +30,8 @@ from louver.defenses import (
     PrivyNet,
     SiftFunnel,
 )
-from louver.features import drawing_from
 from louver.probes import LinearProbe, NeighborProbe, ProbeResult, probe
+from louver.stochastic import drawing_from
 from louver.tasks import Classification
 from louver.types import Images
 

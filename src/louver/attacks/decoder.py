@@ -30,6 +30,7 @@ from louver.attacks.mean_image import Constant, mean_image
 from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError
 from louver.measures.image import SSIM_MIN_SIDE, ssim
+from louver.stochastic import drawing_from
 from louver.types import Progress
 
 __all__ = ["Decoder"]
@@ -333,8 +334,7 @@ class _Network(nn.Module):
 
 def _build(attack: Decoder, view: View, base: LinearInverse, mean: Tensor, scale: Tensor, *, seed: int) -> _Network:
     in_channels = mean.shape[1] if base.layout == "local" else int(np.prod(view.feature_shape))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing_from(seed):
         network = _Network(attack, base, mean, scale, in_channels, view.image_shape)
     return network.to(view.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 

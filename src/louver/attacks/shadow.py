@@ -16,6 +16,7 @@ from louver.attacks.base import Auxiliary, Inverter, View
 from louver.attacks.decoder import Decoder
 from louver.attacks.linear import feature_statistics, standardization
 from louver.errors import AttackError, ConfigError, DataError, ThreatError
+from louver.stochastic import drawing_from
 from louver.types import Progress
 
 __all__ = ["Shadow"]
@@ -71,8 +72,7 @@ class Shadow:
             raise ThreatError(
                 "Shadow needs labels of the auxiliary images: name the label column of the task, or drop the attack"
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with drawing_from(seed):
             substitute = _Substitute(view.image_shape, view.feature_shape, self.width).to(view.device)
         self._fit(substitute, view, train, seed, progress)
         substitute.eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from louver.errors import ConfigError, DataError
 from louver.measures.image import SSIM_MIN_SIDE, ssim
+from louver.stochastic import drawing_from
 
 __all__ = ["Adversary", "Inverter", "LaterAdversary"]
 
@@ -128,8 +129,7 @@ class Adversary(nn.Module):
         self.shrink = 2 if measure == "ssim" and min(height, image_width) >= _HALVED_SIDE else 1
         image_shape = (channels, height // self.shrink, image_width // self.shrink)
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with drawing_from(seed):
             self.inverter = Inverter(feature_shape, image_shape, width=width)
         self.optimizer = torch.optim.Adam(self.inverter.parameters(), lr=learning_rate)
 

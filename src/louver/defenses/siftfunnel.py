@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +18,7 @@ from louver.defenses.funnel import Funnel, Widening, fitted, sampled_features, s
 from louver.defenses.penalties import channel_correlation, image_correlation, mean_magnitude
 from louver.errors import ConfigError, DataError
 from louver.models import Normalized
+from louver.stochastic import drawing_from
 from louver.types import Images
 
 __all__ = ["SiftFunnel", "SiftShape", "sift_cnn", "sift_resnet18", "sift_vgg16"]
@@ -74,8 +74,7 @@ class SiftFunnel(Defense):
         halves = copy.deepcopy(split)
         features = sampled_features(halves.edge, images, split.cut.feature_shape, seed=seed)
         is_signed = float(features.min()) < 0
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with drawing_from(seed):
             funnel, widening = self._parts(split, is_signed=is_signed)
         start_at_best(funnel.to(features.device), widening.to(features.device), features)
         return fitted(halves, funnel, widening, images)
@@ -166,7 +165,7 @@ def sift_cnn(n_classes: int, *, seed: int = 0) -> SiftShape:
 
     Source: SiftFunnel (arXiv 2501.00824), size sent; ours: the network, whose layers we do not know.
     """
-    with _seeded(seed):
+    with drawing_from(seed):
         widths = (3, 32, 64, 128, 256)
         stages = [_stage(a, b) for a, b in itertools.pairwise(widths)]
         network = nn.Sequential(
@@ -184,7 +183,7 @@ def sift_resnet18(n_classes: int, *, seed: int = 0) -> SiftShape:
     Source: SiftFunnel (arXiv 2501.00824), size sent; we differ: the funnel stands between layer1 and layer2 and no
     stage is left out, where its code discards one.
     """
-    with _seeded(seed):
+    with drawing_from(seed):
         network = torchvision.models.resnet18(num_classes=n_classes)
         network.maxpool = nn.Identity()
     return SiftShape(model=_ready(network), cut="layer1", channels=6, pool=1, sent=(6, 32, 32))
@@ -196,7 +195,7 @@ def sift_vgg16(n_classes: int, *, seed: int = 0) -> SiftShape:
     Source: SiftFunnel (arXiv 2501.00824), size sent; ours: the place of the cut, and one linear layer instead of the
     classifier's three, which at 64×64 hold nine tenths of all weights.
     """
-    with _seeded(seed):
+    with drawing_from(seed):
         network = torchvision.models.vgg16_bn(num_classes=n_classes)
         network.avgpool = nn.AdaptiveAvgPool2d(1)
         network.classifier = nn.Sequential(nn.Linear(512, n_classes))
@@ -214,10 +213,3 @@ def _stage(in_channels: int, out_channels: int) -> nn.Sequential:
 
 def _ready(network: nn.Module) -> nn.Module:
     return Normalized(network, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).eval()
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from louver.errors import ConfigError, DataError
 from louver.measures.rows import FLAT, checked_rows
+from louver.stochastic import drawing_from
 
 __all__ = ["Estimate", "mutual_information"]
 
@@ -102,8 +103,7 @@ def mutual_information(
     ceiling = math.log(n_held_out * (n_held_out - 1))
     values = []
     for own_seed in range(seed, seed + seeds):
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(own_seed)
+        with drawing_from(own_seed), torch.enable_grad():
             order = torch.randperm(len(left)).to(left.device)
             parts = order[2 * n_held_out :], order[n_held_out : 2 * n_held_out], order[:n_held_out]
             sides = [_whitened(side, parts[0], components) for side in (left, right)]

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from louver.errors import AttackError, ConfigError, DataError
+from louver.stochastic import drawing_from
 
 __all__ = ["TailProbe", "small_tail", "tail_of", "train_tail"]
 
@@ -126,8 +127,7 @@ def tail_of(
             hook.remove()
     if not called:
         return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing_from(seed):
         if is_fresh:
             for module in tail.modules():
                 if callable(forget := getattr(module, "reset_parameters", None)):
@@ -156,8 +156,7 @@ def tail_of(
 def small_tail(features: Tensor, *, n_classes: int, seed: int) -> nn.Module:
     """A small network from features like these to (n, n_classes) scores, weights drawn from `seed`."""
     shape = features.shape[1:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing_from(seed):
         if len(shape) == 3:
             stride = 2 if min(shape[1:]) >= 16 else 1
             return nn.Sequential(
@@ -201,8 +200,7 @@ def train_tail(
     optimizer = torch.optim.Adam(tail.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=epochs * n_steps)
     shuffle = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.enable_grad(), drawing_from(seed):
         for epoch in range(epochs):
             tail.train(learns_statistics)
             # Even parts of batch_size or more: a rest of one row would have no statistics.

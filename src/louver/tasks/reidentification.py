@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from louver.errors import ConfigError, DataError
+from louver.stochastic import drawing_from
 from louver.tasks.base import Criterion, answers, check_rows
 from louver.tasks.ranking import Retrieval, retrieval
 from louver.types import Images
@@ -213,8 +214,7 @@ class _MetricLoss(Criterion):
         self.task = task
         self.register_buffer("identities", targets.unique())
         if task.identity_weight:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
+            with drawing_from(seed):
                 self.classes = NormalizedSoftmaxLoss(len(self.identities), width, temperature=task.temperature)
         if task.triplet_weight:
             self.hardest = BatchHardMiner()
