@@ -33,5 +33,5 @@ bench: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Louver needs Python 3.11 or newer; this is %d.%d. Name another: make PYTHON=python3.12 ..." % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cloud,lab,dev]'
 	@touch $@

@@ -20,7 +20,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-ACCELERATOR = ("cuda-", "nvidia-", "triton")
+ACCELERATOR = ("cuda-", "nvidia-")
 """What torch pins itself, other for every build of it: pinned here, it would only keep some builds out."""
 
 needs_git = pytest.mark.skipif(
@@ -33,6 +33,10 @@ def constraints() -> dict[str, Version]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def is_of_the_accelerator(name: str) -> bool:
+    return name == "triton" or name.startswith(ACCELERATOR)
 
 
 def requirements(*extras: str) -> list[Requirement]:
@@ -74,7 +78,7 @@ def test_torch_and_torchvision_are_a_matching_pair():
 
 def test_constraints_satisfy_every_range():
     pins = constraints()
-    for requirement in requirements("lab", "dev"):
+    for requirement in requirements("cloud", "lab", "dev"):
         assert requirement.specifier, f"{requirement.name}: pyproject.toml gives no range"
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not pinned"
@@ -84,11 +88,11 @@ def test_constraints_satisfy_every_range():
 def test_constraints_cover_what_the_dependencies_need():
     pins = constraints()
     seen: set[tuple[str, str]] = set()
-    wanted = [(r, "") for r in requirements("lab", "dev")]
+    wanted = [(r, "") for r in requirements("cloud", "lab", "dev")]
     while wanted:
         requirement, _ = wanted.pop()
         name = canonicalize_name(requirement.name)
-        if name.startswith(ACCELERATOR):
+        if is_of_the_accelerator(name):
             continue
         assert name in pins, f"{name} is needed and not pinned"
         for extra in ("", *requirement.extras):
@@ -172,7 +176,7 @@ def test_what_a_fresh_machine_runs_is_executable_and_shell():
 def test_make_installs_again_only_when_what_is_installed_changes():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^\.venv/installed: pyproject\.toml constraints\.txt$", makefile, re.MULTILINE)
-    assert "-c constraints.txt -e '.[lab,dev]'" in makefile
+    assert "-c constraints.txt -e '.[cloud,lab,dev]'" in makefile
     for target in ("demo", "lint", "bench"):
         assert re.search(rf"^{target}: \.venv/installed$", makefile, re.MULTILINE), target
     assert re.search(r"^test: lint$", makefile, re.MULTILINE)

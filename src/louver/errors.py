@@ -4,7 +4,8 @@
     ├── InputError         what came in is wrong: mend the argument, file or image and run again
     │   ├── ConfigError    an experiment file or an option
     │   ├── DataError      images, labels or roles
-    │   └── WeightsError   a checkpoint that does not fit its model
+    │   ├── WeightsError   a checkpoint that does not fit its model
+    │   └── BundleError    an exported bundle, or one of its files
     ├── CutError           the network cannot be cut there: take one of the legal cuts that it lists
     ├── ThreatError        the threat model does not grant what the attack needs: grant it or drop the attack
     ├── AttackError        an attack broke (NaN, wrong shape): its result must not be read as privacy
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 __all__ = [
     "AttackError",
+    "BundleError",
     "ConfigError",
     "CutError",
     "DataError",
@@ -49,6 +51,10 @@ class DataError(InputError):
 
 class WeightsError(InputError):
     """A checkpoint does not fit its model, or is not a checkpoint."""
+
+
+class BundleError(InputError):
+    """A bundle is missing, damaged, changed, or not the one that was asked for."""
 
 
 class CutError(LouverError, ValueError):

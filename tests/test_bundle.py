@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from bundles import FEATURE, IMAGE, N_SCORES, toy_bundle
+from louver.bundle import CLOUD, EDGE, HEAD, read_bundle, write_manifest
+from louver.errors import BundleError
+
+
+@pytest.mark.parametrize("has_noise", [False, True])
+@pytest.mark.parametrize("encoding", ["uint8", "float32"])
+def test_what_is_written_is_read_and_its_halves_fit(tmp_path: Path, encoding: str, has_noise: bool) -> None:
+    written = toy_bundle(tmp_path / "b", encoding=encoding, has_noise=has_noise, has_head=True)
+    bundle = read_bundle(tmp_path / "b", needs=(EDGE, CLOUD, HEAD))
+    assert bundle == written
+    edge, cloud = (onnxruntime.InferenceSession(bundle.path(file)) for file in (EDGE, CLOUD))
+    drawn = {one.name: np.zeros((2, *one.shape), np.float32) for one in bundle.serving.noise}
+    (feature,) = edge.run(["feature"], {"image": np.full((2, *IMAGE), 0.5, np.float32), **drawn})
+    assert feature.shape == (2, *FEATURE) == (2, *bundle.serving.feature_shape)
+    assert feature[0].nbytes == bundle.serving.feature_bytes
+    (scores,) = cloud.run(["scores"], {"feature": feature})
+    assert scores.shape == (2, N_SCORES)
+
+
+def test_the_id_is_of_what_is_served_not_of_what_was_measured(tmp_path: Path) -> None:
+    first = toy_bundle(tmp_path / "a")
+    again = write_manifest(tmp_path / "a", "toy", first.serving, {"findings": [{"ssim": 0.4}]})
+    assert again.id == first.id
+    assert read_bundle(tmp_path / "a").record["findings"] == [{"ssim": 0.4}]
+    assert toy_bundle(tmp_path / "b", seed=1).id != first.id
+    assert toy_bundle(tmp_path / "c", name="other").id != first.id
+
+
+def test_a_device_needs_no_cloud_half(tmp_path: Path) -> None:
+    toy_bundle(tmp_path)
+    (tmp_path / CLOUD).unlink()
+    assert read_bundle(tmp_path, needs=(EDGE,)).path(EDGE).is_file()
+    with pytest.raises(BundleError, match=r"expected cloud\.onnx"):
+        read_bundle(tmp_path, needs=(CLOUD,))
+    with pytest.raises(BundleError, match=r"exported without head\.onnx"):
+        read_bundle(tmp_path, needs=(HEAD,))
+
+
+@pytest.mark.parametrize("file", [EDGE, CLOUD])
+def test_a_changed_byte_is_refused(tmp_path: Path, file: str) -> None:
+    toy_bundle(tmp_path)
+    content = bytearray((tmp_path / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(BundleError, match="not the file that was exported"):
+        read_bundle(tmp_path, needs=(file,))
+
+
+def _set(*keys: str | int, to: object) -> object:
+    def change(content: dict) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = to
+
+    return change
+
+
+WRONG = {
+    "a newer format": (_set("format", to=2), "expected format 1"),
+    "another cut": (_set("serving", "cut", to="layer9"), "id is not that of its content"),
+    "a name with a path": (_set("name", to="../x"), "part of an address"),
+    "an unknown encoding": (_set("serving", "encoding", to="jpeg"), "expected an encoding"),
+    "an empty shape": (_set("serving", "feature_shape", to=[]), "expected feature sizes"),
+    "a size of 0": (_set("serving", "image_shape", to=[3, 0, 5]), "expected image sizes"),
+    "a size that is no number": (_set("serving", "output_shape", to=["7"]), "expected output sizes"),
+    "a size past all memory": (_set("serving", "image_shape", to=[2**20, 2**20]), "expected image sizes"),
+    "fewer labels than scores": (_set("serving", "labels", to=["one"]), "as many labels"),
+    "a file outside": (_set("serving", "files", "../edge.onnx", to="0" * 64), "SHA-256"),
+    "no hash": (_set("serving", "files", EDGE, to="abc"), "SHA-256"),
+    "an unknown key": (_set("serving", "colour", to=1), "damaged"),
+    "shapes that are no list": (_set("serving", "image_shape", to=3), "damaged"),
+    "no object": (_set("serving", to=[]), "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_manifest_is_refused_with_what_to_do(tmp_path: Path, case: str) -> None:
+    toy_bundle(tmp_path)
+    change, words = WRONG[case]
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    change(content)
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=words):
+        read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"format": 1}', b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match="damaged"):
+        read_bundle(tmp_path)
+    with pytest.raises(BundleError, match=r"no manifest\.json"):
+        read_bundle(tmp_path / "nowhere")
+
+
+def test_reading_loads_no_lab() -> None:
+    code = "import louver.bundle, sys; sys.exit(bool({'torch', 'onnx', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
