@@ -156,13 +156,14 @@ def main() -> None:
     parser.add_argument("--scale", choices=("laptop", "paper"), default="laptop")
     scale = parser.parse_args().scale
     started = time.monotonic()
-    cifar, faces = table("cifar10", scale), table("faces", scale)
+    cifar, choices, faces = (table(name, scale) for name in ("cifar10", "cifar10-choices", "faces"))
     figures: dict[str, Any] = {}
     if cifar:
         figures["SiftFunnel, CIFAR-10"] = siftfunnel(cifar, "none-layer2-tuned")
         figures["PATROL, CIFAR-10"] = patrol(cifar, "none-layer1", "none-layer2")
+    if choices:
         random_draws = tuple(f"random{draw}" for draw in range(10))
-        figures["Fisher against random channels, CIFAR-10"] = against(cifar, "fisher", random_draws)
+        figures["Fisher against random channels, CIFAR-10"] = against(choices, "fisher", random_draws)
     if faces:
         figures["advanced against noisy embedding, faces"] = against(faces, "advanced", ("noisy",))
     for name in ("vehicles", "streets"):

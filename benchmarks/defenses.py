@@ -29,8 +29,9 @@ def compact(facts: dict[str, Any]) -> dict[str, Any]:
             return {key: rounded(entry) for key, entry in value.items()}
         return [rounded(entry) for entry in value] if isinstance(value, list) else value
 
-    parts = ("utility", "leakage", "information", "probes", "completion", "rank_privacy")
-    return {key: rounded(facts[key]) for key in (*KEPT, *parts)}
+    parts = ("utility", "leakage", "information", "probes", "completion")
+    hidden = ("rank_privacy", "log_rank_privacy", "explained_variance")
+    return {key: rounded(facts[key]) for key in (*KEPT, *parts, *hidden)}
 
 
 def main() -> None:

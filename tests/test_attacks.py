@@ -17,8 +17,10 @@ from louver.attacks.decoder import _Network
 from louver.attacks.likelihood import frozen, total_variation
 from louver.attacks.linear import feature_statistics, fit_flat, fit_local, standardization, to_grid
 from louver.errors import AttackError, ConfigError, DataError, ThreatError
+from louver.features import FreshRows
 from louver.measures import psnr, ssim, summarize
 from louver.stochastic import Noise as DefenseNoise
+from louver.stochastic import RandomMask
 from toys import SHAPE, Mixed, Noise, Shuffled, Silent, Tokens, Wide, features_of, pictures, view_of
 
 N_TEST = 24
@@ -285,6 +287,43 @@ def test_likelihood_weighs_channels_by_the_noise_and_not_by_what_they_say() -> N
     assert alike == pytest.approx(float(psnr(truth, again(features)).mean()))
     again._scale = own
     assert alike > float(psnr(truth, again(features)).mean()) + 0.5
+
+
+def test_likelihood_knows_what_a_mask_dropped() -> None:
+    """Read as zeros that were seen, what was dropped would pull every picture towards one that sends nothing."""
+    view = view_of(nn.Sequential(Wide(channels=20), RandomMask(0.6)), n=100)
+    attack = Likelihood(steps=80, starts=("mean",), tv=(0.01,), l2=(0.0,))
+    truth, features = view.validation.images.rows(np.arange(8)), view.validation.features.rows(np.arange(8))
+    knowing = attack.prepare(view, seed=0)
+    naive = attack.prepare(replace(view, observations=2), seed=0)  # as for means, whose zeros say something
+    assert float(psnr(truth, knowing(features)).mean()) > float(psnr(truth, naive(features)).mean()) + 2
+
+
+def test_a_decoder_learns_from_fresh_noise() -> None:
+    """Of one draw for each picture a network that sees all of it learns the noise by heart."""
+    edge = nn.Sequential(Wide(channels=8), DefenseNoise(1.0))
+    fixed = view_of(edge, n=60)
+    fresh = FreshRows(edge, fixed.train.images, torch.device("cpu"), 3)
+    attack = Decoder(width=64, blocks=1, epochs=25, restarts=1, layout="flat", patience=99)
+    index = np.arange(len(fixed.validation.images))
+    truth, features = fixed.validation.images.rows(index), fixed.validation.features.rows(index)
+    views = (replace(fixed, train=replace(fixed.train, fresh=fresh)), fixed)
+    with_fresh, with_fixed = (float(psnr(truth, attack.prepare(v, seed=0)(features)).mean()) for v in views)
+    assert with_fresh > with_fixed + 0.05, (with_fresh, with_fixed)
+
+
+def test_fresh_rows_differ_by_look_and_are_repeatable() -> None:
+    edge = nn.Sequential(Wide(channels=8), DefenseNoise(0.5))
+    images = view_of(edge, n=20).train.images
+    first, again = (FreshRows(edge, images, torch.device("cpu"), 3) for _ in range(2))
+    index = np.arange(5)
+    looks = [first.rows(index) for _ in range(2)]
+    assert len(first) == 20
+    assert not torch.equal(*looks)
+    assert all(torch.equal(look, again.rows(index)) for look in looks)
+    many = FreshRows(edge, images, torch.device("cpu"), 3, observations=50).rows(index)
+    clean = edge[0](images.rows(index))
+    assert float((many - clean).detach().std()) < float((looks[0] - clean).detach().std()) / 5
 
 
 def test_likelihood_does_not_fold_what_would_change() -> None:

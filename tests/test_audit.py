@@ -20,6 +20,7 @@ from louver.data import assign_roles
 from louver.errors import AttackError, ConfigError, DataError, StorageError, ThreatError
 from louver.measures import psnr, ssim
 from louver.runs import load_audit, panels, to_json
+from louver.stochastic import Noise
 from louver.storage import unit_folder
 from louver.tasks import Classification
 from louver.thresholds import parse_rule
@@ -139,6 +140,19 @@ def test_a_view_holds_what_is_granted_and_no_more(
     view = attack.log.views[0]
     assert (view.edge is not None) == has_edge
     assert (view.train.features is not None) == has_features
+
+
+@pytest.mark.parametrize("is_stochastic", [True, False])
+@pytest.mark.parametrize("grants", [{"edge", "auxiliary"}, {"query", "auxiliary"}])
+def test_noise_is_drawn_anew_only_by_who_holds_an_edge_that_draws(
+    splits: list[Split], roles: Roles, grants: set[str], is_stochastic: bool
+) -> None:
+    one = splits[0]
+    if is_stochastic:
+        one = Split(torch.nn.Sequential(one.edge, Noise(0.1)), one.cloud, one.cut)
+    attack = recorder()
+    run([one], roles, {"recorder": attack}, threat=Threat(grants=frozenset(grants)))
+    assert (attack.log.views[0].train.fresh is not None) == (is_stochastic and "edge" in grants)
 
 
 def test_budgets_bound_what_the_attacker_owns(splits: list[Split], roles: Roles) -> None:

@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from louver.errors import AttackError, ConfigError, DataError
-from louver.probes import LinearProbe, NeighborProbe, Probe, TailProbe, completion, probe, reidentify
+from louver.probes import LinearProbe, NeighborProbe, Probe, TailProbe, completion, learned_metric, probe, reidentify
 from louver.probes.base import standardized
 from louver.probes.completion import _drawn, _half_width
 from louver.probes.identity import _searched
@@ -511,6 +511,40 @@ def test_reidentification_is_the_naive_one(has_cameras: bool) -> None:
     assert found.n_queries + found.n_skipped == 60
     assert found.low <= found.accuracy <= found.high
     assert found.beats_chance
+
+
+def identified(n_identities: int, *, seed: int, width: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
+    """Six pictures of each identity: four columns tell it, the others vary far more and say nothing of it."""
+    generator = torch.Generator().manual_seed(seed)
+    identity = torch.arange(n_identities).repeat_interleave(6)
+    x = torch.randn(len(identity), width, generator=generator)
+    x[:, :4] = torch.randn(n_identities, 4, generator=generator)[identity] + 0.2 * x[:, :4]
+    mix = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(1)))[0]
+    scale = torch.ones(width)
+    scale[4:] = 4.0
+    return (x * scale) @ mix, identity
+
+
+def test_a_learned_metric_knows_identities_that_it_has_never_seen() -> None:
+    known, known_of = identified(40, seed=1)
+    new, new_of = identified(12, seed=2)
+    (seen,) = learned_metric(known, known_of, new)
+    plain, learned = reidentify(new, new_of), reidentify(seen, new_of, is_scaled=True)
+    assert plain.accuracy < 0.4
+    assert learned.accuracy > 0.8
+    (again,) = learned_metric(1e-4 * known + 7, known_of, 1e-4 * new + 7)
+    assert reidentify(again, new_of, is_scaled=True).accuracy == pytest.approx(learned.accuracy, abs=0.05)
+
+
+def test_a_learned_metric_finds_nothing_in_nothing() -> None:
+    generator = torch.Generator().manual_seed(3)
+    known, new = (torch.randn(n, 3, 4, 5, generator=generator) for n in (120, 72))
+    (seen,) = learned_metric(known, torch.arange(20).repeat_interleave(6), new)
+    assert not reidentify(seen, torch.arange(12).repeat_interleave(6), is_scaled=True).beats_chance
+    (still,) = learned_metric(0 * known, torch.arange(20).repeat_interleave(6), new)
+    assert bool(still.isfinite().all())
+    with pytest.raises(DataError, match="10 identities or more"):
+        learned_metric(known, torch.arange(120), new)
 
 
 def test_features_that_say_nothing_get_chance() -> None:

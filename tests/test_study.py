@@ -9,20 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
+import torch
 
+from louver.attacks import Decoder
+from louver.audit import Settings
 from louver.bench import _run_together, run_bench
 from louver.cli import main
 from louver.config import read_experiment
+from louver.cut import split
 from louver.data import data_root, streets
-from louver.defenses import NoDefense
+from louver.defenses import Hybrid, NoDefense
 from louver.errors import ConfigError, LouverError, MissingExtraError
 from louver.experiment import run_experiment
-from louver.hardening import load_split
+from louver.facts import load_facts
+from louver.hardening import Origin, load_split
 from louver.logs import logging_to
 from louver.models import load_model
-from louver.study import utility
+from louver.study import Judging, study, utility
 from louver.tables import BENCHES, Cell
 from louver.tasks import Attributes, Classification, ReIdentification
+from louver.training import Training
+from louver.types import Images, Roles
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -219,5 +226,60 @@ def test_every_bench_names_each_cell_once_and_its_cells_can_be_cut(name, scale):
     bench = BENCHES[name](scale, 0)
     names = [cell.name for cell in bench.cells]
     assert len(set(names)) == len(names)
-    assert {"none", "siftfunnel"} <= {part.split("-")[0] for part in names}
+    assert {"NoDefense", "SiftFunnel"} <= {type(cell.defense).__name__ for cell in bench.cells}
     assert np.all([len(images) > 1 for images in (bench.roles.train, bench.roles.test, bench.roles.auxiliary)])
+
+
+def test_identities_and_labels_that_some_images_lack_are_judged(tmp_path):
+    """Log-rank privacy needs people who are known; explained variance needs components; -1 is no label."""
+    rng = np.random.default_rng(0)
+    people = rng.integers(0, 256, (24, 3, 16, 16))
+
+    def album(count, seed, shown):
+        draw = np.random.default_rng(seed)
+        turn = np.arange(count)
+        who = np.asarray(shown)[turn % len(shown)]
+        pixels = (people[who] + draw.integers(-40, 40, (count, 3, 16, 16))).clip(0, 255).astype(np.uint8)
+        labels = {"who": who, "place": np.where(turn % 5 == 0, -1, turn % 2), "kind": turn % 2}
+        return Images(pixels=pixels, labels=labels, name=f"album {seed}")
+
+    known, strangers = range(8), range(8, 24)
+    roles = Roles(
+        train=album(48, 1, known),
+        validation=album(16, 2, known),
+        test=album(40, 3, known),
+        auxiliary=album(96, 4, strangers),
+    )
+    model = load_model("street_net", n_classes=2, image_shape=(3, 16, 16), seed=0)
+    example = torch.from_numpy(roles.test.floats(slice(0, 2)))
+    defense = Hybrid(embedding="noisy", components=4, noise_std=0.5, noise_scale="relative")
+    origin = Origin(model="street_net", n_classes=2, image_shape=(3, 16, 16), cut="stage2", defense=defense)
+    judging = Judging(
+        attacks={"decoder": Decoder(width=64, blocks=1, epochs=1, restarts=1)},
+        settings=Settings(measures=("psnr",), test_images=40),
+        private=("place",),
+        identity="who",
+        on_reconstructions=True,
+        information_images=60,
+        mine_steps=5,
+    )
+    facts = study(
+        split(model, "stage2", example),
+        origin,
+        roles,
+        Classification("kind", 2),
+        judging,
+        config=Training(epochs=2, batch_size=16),
+        folder=tmp_path / "run",
+        name="noisy",
+    )
+    assert 0 < facts["explained_variance"] <= 1
+    hidden = facts["log_rank_privacy"]
+    assert 0 <= hidden["low"] <= hidden["privacy"] <= hidden["high"] <= 1
+    assert hidden["n"] == 40
+    rows = {(row["column"], row["on"].split()[0], row["probe"]): row for row in facts["probes"]}
+    assert {how for column, _, how in rows if column == "who"} == {"nearest image", "learned metric"}
+    assert rows["place", "features", "linear"]["n"] == rows["place", "reconstructions", "tail"]["n"] == 32
+    shown = load_facts(tmp_path / "run").information
+    assert shown["log_rank_privacy"].mean == hidden["privacy"]
+    assert shown["explained_variance"].mean == facts["explained_variance"]

@@ -27,11 +27,11 @@ from torch import Tensor
 from louver.attacks import Attack, Auxiliary, Inverter, MeanImage, View
 from louver.cut import Split
 from louver.errors import AttackError, ConfigError, DataError, ThreatError, nearest
-from louver.features import ImageRows, compute_features, observed
+from louver.features import FreshRows, ImageRows, compute_features, observed
 from louver.measures import Measure, MeasureContext, resolve_measures
 from louver.measures.statistics import row
 from louver.runs import RunFolder, Unit
-from louver.stochastic import drawing_from
+from louver.stochastic import Stochastic, drawing_from
 from louver.tasks import Task
 from louver.thresholds import Rule, judge
 from louver.types import Audit, Finding, Images, Progress, Roles, Threat
@@ -41,7 +41,7 @@ __all__ = ["FLOOR", "Settings", "audit"]
 FLOOR = "mean_image"
 """The attack that looks at no feature; its score stands beside every other as the floor."""
 
-_SCHEME = 3
+_SCHEME = 4
 """Raised when a change makes finished units mean something else; they are then run again."""
 
 
@@ -317,6 +317,7 @@ class _Site:
                 train=train,
                 validation=validation,
                 device=self.device,
+                observations=self.settings.observations,
             )
         return self._view
 
@@ -343,7 +344,13 @@ class _Site:
             if has_features
             else None
         )
-        return Auxiliary(images=rows, labels=labels, features=features)
+        is_drawn = any(isinstance(module, Stochastic) for module in self.split.edge.modules())
+        fresh = (
+            FreshRows(self.split.edge, rows, self.device, noise_seed, self.settings.observations)
+            if is_drawn and "edge" in self.threat.grants
+            else None
+        )
+        return Auxiliary(images=rows, labels=labels, features=features, fresh=fresh)
 
     def run(
         self,

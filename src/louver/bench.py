@@ -87,6 +87,7 @@ def run_bench(
                 cut=cell.cut,
                 defense=cell.defense,
             )
+            training = replace(bench.training, epochs=cell.epochs or bench.training.epochs)
             (path / "bench.json").unlink(missing_ok=True)
             done = study(
                 split(model, cell.cut, example),
@@ -94,7 +95,7 @@ def run_bench(
                 bench.roles,
                 bench.task,
                 bench.judging,
-                config=bench.training if cell.is_trained else None,
+                config=training if cell.is_trained else None,
                 folder=path,
                 name=cell.name,
                 group=bench.group,

@@ -178,7 +178,7 @@ def _facts(folder: Path, record: Mapping[str, Any]) -> Facts:
 
 
 def _information(record: Mapping[str, Any]) -> dict[str, Estimate]:
-    """Every information measure, and rank privacy beside them; a bare number has no interval, None was not measured."""
+    """Every information measure, with what is known of ranks and components; a bare number has no interval."""
     found = {}
     for name, value in record["information"].items():
         if isinstance(value, Mapping):
@@ -186,14 +186,17 @@ def _information(record: Mapping[str, Any]) -> dict[str, Estimate]:
             found[name] = _pick(Estimate, {"mean": value.get("score"), **value})
         elif value is not None:
             found[name] = Estimate(mean=value)
-    hidden = record.get("rank_privacy")
-    if hidden:
-        found["rank_privacy"] = Estimate(
-            mean=hidden["privacy"],
-            low=hidden.get("low"),
-            high=hidden.get("high"),
-            unit=f"0 to 1, chance {hidden['chance']:.3g}" if "chance" in hidden else "0 to 1",
-        )
+    for name in ("rank_privacy", "log_rank_privacy"):
+        hidden = record.get(name)
+        if hidden:
+            found[name] = Estimate(
+                mean=hidden["privacy"],
+                low=hidden.get("low"),
+                high=hidden.get("high"),
+                unit=f"0 to 1, chance {hidden['chance']:.3g}" if "chance" in hidden else "0 to 1",
+            )
+    if record.get("explained_variance") is not None:
+        found["explained_variance"] = Estimate(mean=record["explained_variance"], unit="share of the features'")
     return found
 
 

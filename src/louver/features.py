@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from louver.stochastic import drawing_from
 from louver.storage import RowFile
 from louver.types import Images, Progress
 
-__all__ = ["FeatureRows", "ImageRows", "compute_features", "observed"]
+__all__ = ["FeatureRows", "FreshRows", "ImageRows", "compute_features", "observed"]
 
 _BATCH_FLOATS = 2**24
 
@@ -53,6 +55,31 @@ class FeatureRows:
     def rows(self, index: NDArray[np.int64]) -> Tensor:
         """Features at `index`, float32, on the CPU."""
         return torch.from_numpy(self.file.read(index))
+
+
+@dataclass(frozen=True)
+class FreshRows:
+    """What an edge that draws by chance sends for images, drawn anew at each look.
+
+    A decoder that meets each picture under one draw of the noise learns that draw by heart; an attacker who holds the
+    edge sends its pictures as often as it likes.
+    """
+
+    edge: nn.Module
+    images: ImageRows
+    device: torch.device
+    seed: int
+    observations: int = 1
+    _looks: Iterator[int] = field(default_factory=count, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, index: NDArray[np.int64]) -> Tensor:
+        """Features of the images at `index`, float32, on the CPU; of one seed, the same at the same look."""
+        draw = int(np.random.SeedSequence([self.seed, next(self._looks)]).generate_state(1)[0])
+        with torch.no_grad(), drawing_from(draw, self.device):
+            return observed(self.edge, self.images.rows(index).to(self.device), self.observations)
 
 
 def compute_features(

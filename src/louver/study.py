@@ -20,6 +20,8 @@ from torch import Tensor
 from louver.attacks import Attack
 from louver.audit import FLOOR, Settings, audit
 from louver.cut import Split
+from louver.defenses.hybrid import explained_variance
+from louver.defenses.pca import Reconstruction
 from louver.errors import ConfigError
 from louver.features import ImageRows, compute_features
 from louver.hardening import Origin, defense_knobs, defense_name, harden, save_split
@@ -31,9 +33,19 @@ from louver.measures.information import (
     intra_class_radius,
     mutual_information,
 )
-from louver.measures.ranking import rank_privacy
+from louver.measures.ranking import log_rank_privacy, rank_privacy
 from louver.measures.statistics import summarize
-from louver.probes import LinearProbe, NeighborProbe, Probe, ProbeResult, TailProbe, completion, probe, reidentify
+from louver.probes import (
+    LinearProbe,
+    NeighborProbe,
+    Probe,
+    ProbeResult,
+    TailProbe,
+    completion,
+    learned_metric,
+    probe,
+    reidentify,
+)
 from louver.runs import RunFolder
 from louver.stochastic import Noise, Stochastic, drawing_from, silenced
 from louver.storage import write_json
@@ -52,10 +64,13 @@ class Judging:
     """How a defended split is judged.
 
     attacks, settings: of the audit. private: label columns that the task does not need, which probes try to recover
-    from features, and with `on_reconstructions` from what the strongest attack rebuilt. identity: a column whose
-    values differ between the attacker's images and the test images, for nearest-neighbor re-identification; camera: its
-    junk rule. completion_counts: labelled examples a class for model completion. information_images: how many test and
-    auxiliary images the information measures look at; mine_steps: of each critic.
+    from features, and with `on_reconstructions` from what the strongest attack rebuilt; images whose label is below 0
+    have none. identity: a column whose values differ between the attacker's images and the test images, for
+    re-identification by the nearest image, as features come and by a metric learned on the attacker's identities;
+    camera: its junk rule. Where the training images show the identities of the test images too, log-rank privacy says
+    how well these hide from someone who has such pictures of them. completion_counts: labelled examples a class for
+    model completion. information_images: how many test and auxiliary images the information measures look at;
+    mine_steps: of each critic.
     """
 
     attacks: Mapping[str, Attack]
@@ -173,6 +188,8 @@ def study(
         "probes": _probes(sent, hard, judging, found, folder, seed, device),
         "completion": _completion(sent, hard, task, judging, seed, device),
         "rank_privacy": _rank_privacy(hard, sent, judging.settings.observations, seed),
+        "log_rank_privacy": _log_rank_privacy(hard, sent, roles, judging, seed),
+        "explained_variance": _explained(hard),
     }
     facts["seconds"] = {
         "harden": round(hardened - started, 1),
@@ -284,22 +301,36 @@ def _probes(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for column in judging.private:
-        labels = {role: images.column(column) for role, images in sent.images.items()}
+        features, labels = _labeled(sent, sent.features, column)
         probes: list[Probe] = [LinearProbe(), NeighborProbe(), TailProbe(cloud=hard.cloud)]
-        results = probe(probes, sent.features, labels, seed=seed, device=device)
+        results = probe(probes, features, labels, seed=seed, device=device)
         rows += [_probe_row(column, "features", result) for result in results]
     if judging.identity is not None:
         labels_of = sent.test.column(judging.identity)
         cameras = None if judging.camera is None else sent.test.column(judging.camera)
-        seen = reidentify(sent.features["test"], labels_of, cameras, seed=seed, device=device)
-        keys = ("accuracy", "low", "high", "chance", "beats_chance")
-        facts = {key: asdict(seen)[key] for key in keys}
-        rows.append(
-            {"column": judging.identity, "on": "features", "probe": "nearest image", **facts, "n": seen.n_queries}
-        )
+        known, known_of = sent.features["train"], sent.images["train"].column(judging.identity)
+        (learned,) = learned_metric(known, known_of, sent.features["test"], seed=seed, device=device)
+        for how, rows_of in (("nearest image", sent.features["test"]), ("learned metric", learned)):
+            is_scaled = rows_of is learned
+            seen = reidentify(rows_of, labels_of, cameras, is_scaled=is_scaled, seed=seed, device=device)
+            keys = ("accuracy", "low", "high", "chance", "beats_chance")
+            facts = {key: asdict(seen)[key] for key in keys}
+            rows.append({"column": judging.identity, "on": "features", "probe": how, **facts, "n": seen.n_queries})
     if judging.on_reconstructions and judging.private:
         rows += _probes_on_pictures(sent, judging, found, folder, seed, device)
     return rows
+
+
+def _labeled(
+    sent: _Sent, rows: Mapping[str, Tensor], column: str
+) -> tuple[dict[str, Tensor], dict[str, NDArray[np.int64]]]:
+    """Of each role the rows whose images have a label in `column`, and the labels."""
+    found, labels = {}, {}
+    for role, images in sent.images.items():
+        column_of = images.column(column)[: len(rows[role])]
+        has_label = column_of >= 0
+        found[role], labels[role] = rows[role][torch.from_numpy(has_label)], column_of[has_label]
+    return found, labels
 
 
 def _probes_on_pictures(
@@ -311,14 +342,12 @@ def _probes_on_pictures(
     scored = [row for row in found.rows if row.measure == measure and row.attack != FLOOR]
     strongest = max(scored, key=lambda row: row.mean if row.leaks_when == "high" else -row.mean)
     rebuilt = RunFolder(folder).pictures(strongest.cut, strongest.attack)
-    count = len(rebuilt)
     pictures = {role: torch.from_numpy(images.floats()) for role, images in sent.images.items()}
     pictures["test"] = torch.from_numpy(rebuilt.astype(np.float32) / 255)
     rows = []
     for column in judging.private:
-        labels = {role: images.column(column) for role, images in sent.images.items()}
-        labels["test"] = labels["test"][:count]
-        results = probe([TailProbe()], pictures, labels, seed=seed, device=device)
+        shown, labels = _labeled(sent, pictures, column)
+        results = probe([TailProbe()], shown, labels, seed=seed, device=device)
         rows += [_probe_row(column, f"reconstructions ({strongest.attack})", result) for result in results]
     return rows
 
@@ -336,24 +365,59 @@ def _completion(
     return [{key: value for key, value in asdict(one).items() if isinstance(value, int | float)} for one in results]
 
 
+def _log_rank_privacy(hard: Split, sent: _Sent, roles: Roles, judging: Judging, seed: int) -> dict[str, float] | None:
+    """How well identities hide from someone with clean features of the training images of the same people."""
+    if judging.identity is None or judging.identity not in roles.train.labels:
+        return None
+    known_of, wanted = (torch.from_numpy(one.column(judging.identity)) for one in (roles.train, sent.test))
+    if not bool(torch.isin(wanted, known_of).all()):
+        return None
+    layers = [layer for layer in hard.edge.modules() if isinstance(layer, Stochastic)]
+    if any(not isinstance(layer, Noise) for layer in layers):
+        return None
+    std = float(layers[-1].std) / judging.settings.observations**0.5 if layers else 0.0  # type: ignore[arg-type]
+    clean = _clean_features(hard, roles.train)
+    found = log_rank_privacy(clean, known_of, sent.features["test"], wanted, noise_std=std)
+    return _hidden(found.privacy, found.chance, found.top1, found.log_ranks, found.hits, seed)
+
+
+def _hidden(
+    privacy: float, chance: float, top1: float, ranks: NDArray[np.float64], hits: NDArray[np.float64], seed: int
+) -> dict[str, float]:
+    by_rank, by_hit = _interval(ranks, seed), _interval(hits, seed)
+    return {
+        "privacy": privacy,
+        "low": by_rank["low"],
+        "high": by_rank["high"],
+        "chance": chance,
+        "top1": top1,
+        "top1_low": by_hit["low"],
+        "top1_high": by_hit["high"],
+        "n": len(ranks),
+    }
+
+
+def _explained(hard: Split) -> float | None:
+    """The share of the features' variance that the sent components carry; None where whole features are sent."""
+    if not any(isinstance(module, Reconstruction) for module in hard.cloud.modules()):
+        return None
+    return float(explained_variance(hard).sum())
+
+
+def _clean_features(hard: Split, images: Images) -> Tensor:
+    """What the edge would send without its noise."""
+    quiet = silenced(hard.edge).eval()
+    device = next((p.device for p in quiet.parameters()), torch.device("cpu"))
+    pictures = torch.from_numpy(images.floats())
+    with torch.no_grad():
+        return torch.cat([quiet(part.to(device)).cpu() for part in pictures.split(256)])
+
+
 def _rank_privacy(hard: Split, sent: _Sent, observations: int, seed: int) -> dict[str, float] | None:
     """How well a picture's noisy features hide among those of the other test pictures; None without noise."""
     layers = [layer for layer in hard.edge.modules() if isinstance(layer, Noise)]
     if not layers or any(isinstance(m, Stochastic) and not isinstance(m, Noise) for m in hard.edge.modules()):
         return None
-    pictures = torch.from_numpy(sent.test.floats())
-    quiet = silenced(hard.edge).eval()
-    with torch.no_grad():
-        clean = torch.cat([quiet(part.to(next(iter(quiet.parameters())).device)).cpu() for part in pictures.split(256)])
+    clean = _clean_features(hard, sent.test)
     found = rank_privacy(clean, sent.features["test"], float(layers[-1].std) / observations**0.5)
-    ranks, hits = _interval(found.ranks, seed), _interval(found.hits, seed)
-    return {
-        "privacy": found.privacy,
-        "low": ranks["low"],
-        "high": ranks["high"],
-        "chance": found.chance,
-        "top1": found.top1,
-        "top1_low": hits["low"],
-        "top1_high": hits["high"],
-        "n": len(found.ranks),
-    }
+    return _hidden(found.privacy, found.chance, found.top1, found.ranks, found.hits, seed)

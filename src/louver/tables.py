@@ -41,7 +41,9 @@ Scale = Literal["laptop", "paper"]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One defended split of a table. Without `is_trained` the network is judged as it came."""
+    """One defended split of a table. Without `is_trained` the network is judged as it came; `epochs` are the table's
+    unless it says otherwise.
+    """
 
     name: str
     defense: Defense
@@ -50,6 +52,7 @@ class Cell:
     strength: float | None = None
     variant: str = ""
     is_trained: bool = True
+    epochs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +117,10 @@ def _ablations(strength: float, make: Callable[..., Defense], cut: str) -> list[
 
 
 def _cifar10(scale: Scale, seed: int) -> Bench:
+    """Every defense at several strengths, at the cut after the second of three stages."""
     is_laptop = scale == "laptop"
     cut, shallower = "layer2", "layer1"
-    roles = assign_roles(
-        train=load_images("cifar10/train[:5000]" if is_laptop else "cifar10/train[:45000]"),
-        # Not of the train split: the published weights have seen all of it, and would validate their own memory.
-        validation=load_images("cifar10/test[9000:]"),
-        test=load_images("cifar10/test[:1000]"),
-        auxiliary=load_images("cifar10/test[1000:2500]" if is_laptop else "cifar10/test[1000:9000]"),
-    )
-    model = load_model("cifar_resnet20", weights="resnet20_cifar10")
-    example = torch.from_numpy(roles.test.floats(slice(0, 2)))
-    budget = split(model, shallower, example).cut.cost.edge.macs
+    budget = _edge_macs(_cifar_model(), shallower, (3, 32, 32))
 
     def patrol(beta: float, **switches: bool) -> Defense:
         return PATROL(target_macs=budget, beta=beta, mending_share=0.67 if is_laptop else 0.4, **switches)
@@ -141,20 +136,6 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         *_ablations(1.0, patrol, cut),
         *_swept("siftfunnel", lambda c: SiftFunnel(channels=int(c)), "channels", (12, 6, 3), cut),
         *_swept("privynet", lambda d: PrivyNet(n_channels=int(d), secret_seed=seed), "n_channels", (16, 8, 4), cut),
-        # Which channels are drawn is chance: Fisher's choice is fixed, what it is compared to is drawn several times.
-        *_swept("fisher", _channels("fisher", seed), "n_channels", (16, 8, 4), cut, "Fisher's channels"),
-        *(
-            cell
-            for draw in range(3 if is_laptop else 10)
-            for cell in _swept(
-                f"random{draw}",
-                _channels("random", draw),
-                "n_channels",
-                (16, 8, 4),
-                cut,
-                f"random channels, draw {draw}",
-            )
-        ),
         *_swept("hybrid", _hybrid("advanced", 64), "noise_std", (0.5, 1.0, 2.0), cut),
         *(
             []
@@ -166,8 +147,79 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         *_swept("adversarial", lambda w: AdversarialTraining(weight=w), "weight", (1.0,), cut),
         *([] if is_laptop else _swept("laplace", _laplace, "std", (0.5, 1.0, 2.0), cut, "laplace")),
     ]
+    return _on_cifar10("CIFAR-10", cells, scale, seed)
+
+
+def _cifar10_choices(scale: Scale, seed: int) -> Bench:
+    """What to choose within one defense: PrivyNet's layers, number and kind of channels; SiftFunnel's decorrelation;
+    how long PATROL's pruned edge is trained.
+    """
+    layers = {1: "layer1", 2: "layer2", 3: "layer3"}
+    cut = layers[2]
+    sizes = (16, 8, 4)
+    budget = _edge_macs(_cifar_model(), layers[1], (3, 32, 32))
+    long = 12 if scale == "laptop" else 160
+    cells = [
+        _unprotected(cut),
+        *(
+            Cell(
+                name=f"layers-{m}",
+                defense=PrivyNet(n_channels=8, secret_seed=seed),
+                cut=cut_m,
+                knob="m",
+                strength=m,
+                variant="8 channels after m stages",
+            )
+            for m, cut_m in layers.items()
+        ),
+        *_swept("fisher", _channels("fisher", seed), "n_channels", sizes, cut, "Fisher's channels"),
+        # Which channels are drawn is chance: Fisher's choice is fixed, what it is compared to is drawn several times.
+        *(
+            cell
+            for draw in range(3 if scale == "laptop" else 10)
+            for cell in _swept(
+                f"random{draw}", _channels("random", draw), "n_channels", sizes, cut, f"random channels, draw {draw}"
+            )
+        ),
+        *_swept(
+            "decorrelated", lambda g: SiftFunnel(channels=12, gamma=g), "gamma", (0.0, 2.0, 20.0), cut, "12 channels"
+        ),
+        *(
+            replace(cell, epochs=long)
+            for cell in _swept(
+                "patrol-long",
+                lambda b: PATROL(target_macs=budget, beta=b, mending_share=0.67),
+                "beta",
+                (0.25, 1.0),
+                cut,
+                f"{long} epochs",
+            )
+        ),
+    ]
+    return _on_cifar10("CIFAR-10, choices", cells, scale, seed)
+
+
+def _cifar_model() -> nn.Module:
+    return load_model("cifar_resnet20", weights="resnet20_cifar10")
+
+
+def _edge_macs(model: nn.Module, cut: str, image_shape: tuple[int, int, int]) -> int:
+    example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    return split(model, cut, example).cut.cost.edge.macs
+
+
+def _on_cifar10(group: str, cells: list[Cell], scale: Scale, seed: int) -> Bench:
+    is_laptop = scale == "laptop"
+    model = _cifar_model()
+    roles = assign_roles(
+        train=load_images("cifar10/train[:5000]" if is_laptop else "cifar10/train[:45000]"),
+        # Not of the train split: the published weights have seen all of it, and would validate their own memory.
+        validation=load_images("cifar10/test[9000:]"),
+        test=load_images("cifar10/test[:1000]"),
+        auxiliary=load_images("cifar10/test[1000:2500]" if is_laptop else "cifar10/test[1000:9000]"),
+    )
     return Bench(
-        group="CIFAR-10",
+        group=group,
         model="cifar_resnet20",
         n_outputs=10,
         roles=roles,
@@ -305,14 +357,22 @@ def _vehicles(scale: Scale, seed: int) -> Bench:
     # since a few hundred pictures alone would make a weak attack.
     real = load_images("vehicle_reid/train[600:]", size=size)
     generated = load_images("streets/77[:1200]" if scale == "laptop" else "streets/77[:10000]")
-    owned = Images(pixels=np.concatenate([real.pixels, generated.pixels]), name="real and generated vehicles")
+    unknown = np.full(len(generated), -1)
+    owned = Images(
+        pixels=np.concatenate([real.pixels, generated.pixels]),
+        labels={name: np.concatenate([real.labels[name], unknown]) for name in ("camera", "type")},
+        name="real and generated vehicles",
+    )
     roles = assign_roles(
         train=load_images("vehicle_reid/train[:600]", size=size),
         validation=load_images("vehicle_reid/validation", size=size),
         test=load_images("vehicle_reid/test", size=size),
         auxiliary=owned,
     )
-    return _reidentification(scale, seed, "vehicles", roles, ReIdentification(per_identity=2), private=())
+    task = ReIdentification(per_identity=2)
+    bench = _reidentification(scale, seed, "vehicles", roles, task, private=("camera", "type"))
+    # About as many as are real: what features say of generated pictures is another question.
+    return replace(bench, judging=replace(bench.judging, information_images=300))
 
 
 def _streets(scale: Scale, seed: int) -> Bench:
@@ -334,8 +394,7 @@ def _reidentification(
     is_laptop = scale == "laptop"
     cut, shallower = "stage3", "stage2"
     model = load_model("street_net", n_classes=64, image_shape=roles.test.image_shape, seed=seed)
-    example = torch.from_numpy(roles.test.floats(slice(0, 2)))
-    budget = split(model, shallower, example).cut.cost.edge.macs
+    budget = _edge_macs(model, shallower, roles.test.image_shape)
     config = Training(epochs=20 if is_laptop else 80, batch_size=64, lr=3e-3, flip=True, shift=3)
 
     def patrol(beta: float, **switches: bool) -> Defense:
@@ -375,6 +434,7 @@ def _reidentification(
 
 BENCHES: Mapping[str, Callable[[Scale, int], Bench]] = {
     "cifar10": _cifar10,
+    "cifar10-choices": _cifar10_choices,
     "faces": _faces,
     "streets": _streets,
     "vehicles": _vehicles,

@@ -44,11 +44,16 @@ class ImageRows(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Auxiliary:
-    """The attacker's own images. `features` is None where the threat model grants neither edge nor query."""
+    """The attacker's own images. `features` is None where the threat model grants neither edge nor query.
+
+    `fresh` is there where the edge draws by chance and the attacker holds it: the same features, drawn anew at each
+    look, for attacks that learn in many passes.
+    """
 
     images: ImageRows
     labels: Int[Tensor, " n"] | None
     features: FeatureRows | None
+    fresh: FeatureRows | None = None
 
 
 @runtime_checkable
@@ -68,7 +73,8 @@ class View:
 
     `edge` is None unless the threat model grants it. `train` and `validation` split the auxiliary images: attacks fit
     on the first and choose on the second; their features come from the edge as deployed, noise included. `earlier`
-    holds the inverters that ran before this attack at the same cut, in order.
+    holds the inverters that ran before this attack at the same cut, in order. Features are means of `observations`
+    sendings of each picture.
     """
 
     image_shape: tuple[int, int, int]
@@ -79,6 +85,7 @@ class View:
     validation: Auxiliary | None
     earlier: Mapping[str, Inverter] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    observations: int = 1
 
     def need_auxiliary(self, attack: str) -> tuple[Auxiliary, Auxiliary]:
         """The attacker's images to fit on and to choose on.

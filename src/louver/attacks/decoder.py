@@ -97,7 +97,8 @@ class Decoder:
         n_trials = len(starts) * self.restarts
         for base, mean, scale in starts:
             guesses = (
-                _first_guesses(base, train, mean, scale, view.device),
+                # Of features that are drawn anew at each look nothing can be known before.
+                _first_guesses(base, train, mean, scale, view.device) if train.fresh is None else None,
                 _first_guesses(base, validation, mean, scale, view.device),
             )
             for restart in range(self.restarts):
@@ -387,9 +388,11 @@ class _Run:
 
     def _answer(self, part: Auxiliary, index: NDArray[np.int64]) -> Tensor:
         assert part.features is not None
-        known = self._train_guesses if part is self._train else self._validation_guesses
+        is_learning = part is self._train
+        known = self._train_guesses if is_learning else self._validation_guesses
+        features = part.fresh if is_learning and part.fresh is not None else part.features
         return self._network(  # type: ignore[no-any-return]
-            part.features.rows(index).to(self._device),
+            features.rows(index).to(self._device),
             guess=None if known is None else known[torch.from_numpy(index)].to(self._device),
             is_half_precision=self._is_half,
         )

@@ -16,7 +16,7 @@ from louver.attacks.linear import feature_statistics
 from louver.attacks.mean_image import Constant, mean_image
 from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError
-from louver.stochastic import Noise, silenced
+from louver.stochastic import Noise, RandomMask, silenced
 from louver.types import Progress
 
 __all__ = ["Likelihood"]
@@ -100,9 +100,7 @@ class Likelihood:
             return Constant(mean_image(train))  # features that never change say nothing; smoothing is no search
         if any(isinstance(layer, Noise) and bool(layer.std > 0) for layer in edge.modules()):
             scale = _one_scale(scale)
-        search = _Search(
-            self, frozen(edge, view.image_shape).to(view.device), scale, mean_image(train, most=_ENOUGH), view, seed
-        )
+        search = _Search(self, edge, scale, mean_image(train, most=_ENOUGH), view, seed)
         settings = [_Setting(start, tv, l2) for start in search.usable(self.starts) for tv in self.tv for l2 in self.l2]
         if len(settings) > 1:
             search.choose(settings, validation, progress)
@@ -115,14 +113,7 @@ class Likelihood:
         if "image" in state:
             return Constant(state["image"])
         edge = view.need_edge("Likelihood")
-        search = _Search(
-            self,
-            frozen(edge, view.image_shape).to(view.device),
-            state["scale"],
-            state["mean_image"],
-            view,
-            int(state["seed"]),
-        )
+        search = _Search(self, edge, state["scale"], state["mean_image"], view, int(state["seed"]))
         tv, l2 = (float(value) for value in state["weights"])
         search.setting = _Setting(bytes(state["start"].tolist()).decode(), tv, l2)
         return search
@@ -157,6 +148,16 @@ def frozen(edge: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
         expected, got, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
     )
     return folded if is_same else copied
+
+
+def _kept_share(edge: nn.Module) -> float | None:
+    """The share of elements that a mask at the end of the edge lets through; None where there is no such mask.
+
+    What it dropped arrives as 0 and says nothing, and what it kept arrives enlarged; an attacker who knows the defense
+    sees which is which.
+    """
+    last = list(edge.modules())[-1]
+    return 1 - last.rate if isinstance(last, RandomMask) and last.rate > 0 else None
 
 
 def _one_scale(scale: Tensor) -> Tensor:
@@ -198,7 +199,8 @@ class _Search:
         self, attack: Likelihood, edge: nn.Module, scale: Tensor, mean_image: Tensor, view: View, seed: int
     ) -> None:
         self._attack = attack
-        self._edge = edge
+        self._edge = frozen(edge, view.image_shape).to(view.device)
+        self._kept = _kept_share(edge) if view.observations == 1 else None
         self._scale = scale
         self._mean_image = mean_image
         self._earlier = view.earlier
@@ -299,8 +301,10 @@ class _Search:
     ) -> tuple[Tensor, Tensor]:
         """Best picture and objective of each image; images that are done leave the batch."""
         attack, device = self._attack, self._device
-        scale = self._scale.to(device)
-        target, anchor = (features.to(device) * scale), first.to(device)
+        scale, anchor = self._scale.to(device), first.to(device)
+        target, heard = features.to(device) * scale, None
+        if self._kept is not None:
+            target, heard = target * self._kept, (features.to(device) != 0) / self._kept
         tv, l2 = tv.to(device), l2.to(device)
         best, lowest = anchor.clone(), torch.full((len(anchor),), math.inf, device=device)
         alive = torch.arange(len(anchor), device=device)
@@ -312,7 +316,8 @@ class _Search:
             x.requires_grad_(True)
             with torch.autocast(device.type, torch.bfloat16, enabled=step <= last_coarse):
                 found = self._edge(x)
-            misfit = (found.float() * scale - target).square().flatten(1).mean(1)
+            difference = (found.float() * scale - target).square()
+            misfit = (difference if heard is None else difference * heard).flatten(1).mean(1)
             objective = misfit + tv * total_variation(x) + l2 * (x - anchor).square().mean((1, 2, 3))
             if step == 1:
                 _check_gradient(misfit, x)
@@ -347,5 +352,6 @@ class _Search:
                         alive, x, rate = alive[is_going], x[is_going], rate[is_going]
                         first_moment, second_moment = first_moment[is_going], second_moment[is_going]
                         target, anchor = target[is_going], anchor[is_going]
+                        heard = heard if heard is None else heard[is_going]
                         tv, l2 = tv[is_going], l2[is_going]
         return best.cpu(), lowest.cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from louver.probes.base import Probe, ProbeResult, probe
 from louver.probes.completion import Completion, completion
-from louver.probes.identity import Reidentification, reidentify
+from louver.probes.identity import Reidentification, learned_metric, reidentify
 from louver.probes.linear import LinearProbe
 from louver.probes.neighbor import NeighborProbe
 from louver.probes.tail import TailProbe
@@ -18,6 +18,7 @@ __all__ = [
     "Reidentification",
     "TailProbe",
     "completion",
+    "learned_metric",
     "probe",
     "reidentify",
 ]

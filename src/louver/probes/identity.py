@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,12 +15,15 @@ from torch import Tensor
 from louver.errors import ConfigError, DataError
 from louver.probes.base import Labels, checked_features, standardized
 
-__all__ = ["Reidentification", "reidentify"]
+__all__ = ["Reidentification", "learned_metric", "reidentify"]
 
 _QUERIES_AT_ONCE = 512
 _TIE = 1e-6
 """Cosines that differ by less than this are rounding apart."""
 _LEVEL = 0.95
+_MOST_DIRECTIONS = 512
+_SHRINKAGES = (1e-4, 1e-3, 0.01, 0.1, 0.5)
+"""How far the spread within identities is drawn to a ball before it is divided out; 1 would leave plain cosines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +54,14 @@ def reidentify(
     identities: Labels,
     cameras: Labels | None = None,
     *,
+    is_scaled: bool = False,
     seed: int = 0,
     resamples: int = 2000,
     device: torch.device | str = "cpu",
 ) -> Reidentification:
     """Share of rows whose nearest neighbor among the others, by cosine of standardized columns, is the same identity.
 
+    `is_scaled`: the columns are compared as they are, as `learned_metric` weighs them.
     With `cameras`, other rows of the same identity from the same camera are junk, and no candidates. Chance is exact:
     for each query the right candidates over all candidates. `low`..`high` is the 95 % percentile bootstrap that draws
     whole identities (rows of one are not independent); `beats_chance`: the lower end of the paired difference to
@@ -82,7 +88,7 @@ def reidentify(
     features = checked_features(features, "reidentify")
     identity = _column(identities, len(features), "identities").to(device)
     camera = None if cameras is None else _column(cameras, len(features), "cameras").to(device)
-    (rows,) = standardized(features, device=device)
+    (rows,) = (features.flatten(1).to(device),) if is_scaled else standardized(features, device=device)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
     correct, chances = [], []
     for queries in torch.arange(len(rows), device=rows.device).split(_QUERIES_AT_ONCE):
@@ -114,6 +120,66 @@ def reidentify(
         correct=np.where(asked, hits, np.nan),
         chances=np.where(asked, by_chance, np.nan),
     )
+
+
+def learned_metric(
+    known: Tensor, identities: Labels, *features: Tensor, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Float[Tensor, "_ k"], ...]:
+    """`features` seen by an attacker who learned from `known` what tells identities apart, each (n, k) on the CPU.
+
+    The spread of pictures of one identity is divided out of the leading directions of the known features, as linear
+    discriminant analysis does; how much of it, is chosen on a fifth of the known identities, which is kept apart. Rows
+    of identities that none of them shares become comparable by `reidentify(…, is_scaled=True)`.
+
+    Raises:
+        DataError: rows that do not match, features that are not finite, or fewer than 10 identities with two rows.
+    """
+    rows = checked_features(known, "learned_metric")
+    others = [checked_features(one, "learned_metric") for one in features]
+    identity = _column(identities, len(rows), "identities")
+    names, counts = identity.unique(return_counts=True)
+    repeated = names[counts > 1]
+    if len(repeated) < 10:
+        raise DataError(
+            f"learned_metric: expected 10 identities or more with two rows, got {len(repeated)}; give more labeled "
+            "images, or compare features as they are"
+        )
+    flat, *seen = standardized(rows, *others, device=device)
+    identity = identity.to(flat.device)
+    order = torch.randperm(len(repeated), generator=torch.Generator().manual_seed(seed))
+    apart = torch.isin(identity, repeated[order[: max(2, len(repeated) // 5)]].to(flat.device))
+    mapping = _within_whitened(flat[~apart], identity[~apart])
+    best, least = mapping(_SHRINKAGES[0]), -1.0
+    for shrinkage in _SHRINKAGES:
+        projection = mapping(shrinkage)
+        found = reidentify(
+            flat[apart] @ projection, identity[apart], is_scaled=True, seed=seed, resamples=100, device=device
+        )
+        if found.accuracy > least:
+            best, least = projection, found.accuracy
+    return tuple((one @ best).cpu() for one in seen)
+
+
+def _within_whitened(
+    rows: Float[Tensor, "n d"], identity: Int[Tensor, " n"]
+) -> Callable[[float], Float[Tensor, "d k"]]:
+    """For each shrinkage, the projection after which pictures of one identity spread alike in all directions."""
+    rank = min(_MOST_DIRECTIONS, *rows.shape)
+    _, _, directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    axes = directions[:rank].T
+    seen = rows @ axes
+    _, group = identity.unique(return_inverse=True)
+    counts = torch.bincount(group)
+    centers = torch.zeros(len(counts), rank, device=rows.device).index_add_(0, group, seen) / counts[:, None]
+    within = torch.cov((seen - centers[group]).double().T, correction=0).reshape(rank, rank)
+    values, vectors = torch.linalg.eigh(within)
+
+    def projection(shrinkage: float) -> Tensor:
+        spread = (1 - shrinkage) * values.clamp(min=0) + shrinkage * values.mean()
+        mapping: Tensor = axes @ (vectors * spread.clamp(min=1e-12).rsqrt()).float()
+        return mapping
+
+    return projection
 
 
 def _column(values: Labels, n: int, what: str) -> Int[Tensor, " n"]:

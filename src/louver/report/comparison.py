@@ -36,6 +36,8 @@ _INFORMATION = {
     "distance_correlation": "Distance correlation",
     "intra_class_radius": "Intra-class radius",
     "rank_privacy": "Rank privacy",
+    "log_rank_privacy": "Log-rank privacy",
+    "explained_variance": "Explained variance",
     "difficulty": "Inversion difficulty",
 }
 
