@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from louver.errors import ConfigError, LouverError, MissingExtraError
+from louver import cli_export
+from louver.console import AsJson, Device, Threads, device_named, lab, progress_shown, set_threads
+from louver.errors import ConfigError, LouverError
 
 if TYPE_CHECKING:
     from louver.comparison import Comparison
@@ -36,18 +36,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_LAB = (
-    *("jaxtyping", "jinja2", "lightning_fabric", "PIL", "pyarrow", "pydantic", "pytorch_metric_learning"),
-    *("safetensors", "timm", "tomli_w", "torch", "torch_pruning", "torchvision"),
-)
-
+app.command()(cli_export.export)
 _INTERRUPTED = 130
-_LOG_EVERY_S = 15.0
 _LARGEST_SIDE = 4096
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
 
 
 def main() -> None:
@@ -75,17 +66,6 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-@contextmanager
-def _lab() -> Iterator[None]:
-    """Turns the absence of an optional package into the command that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _LAB:
-            raise
-        raise MissingExtraError(f"this command needs {error.name}: pip install 'louver[lab]'") from error
-
-
 @app.command()
 def cuts(
     model: Annotated[
@@ -100,14 +80,14 @@ def cuts(
     threads: Threads = None,
 ) -> None:
     """List every place where MODEL can be cut, and what each cut costs."""
-    with _lab():
+    with lab():
         import torch
 
         from louver.cost import measure_latency, with_latency
         from louver.cut import cuts as find_cuts
         from louver.cut import split
         from louver.models import load_model
-    _set_threads(threads)
+    set_threads(threads)
     shape = _image_shape(image) if image is not None else _natural_shape(model)
     with redirect_stdout(sys.stderr):
         network = load_model(
@@ -127,7 +107,12 @@ def cuts(
 
 @app.command()
 def audit(
-    file: Annotated[Path, typer.Argument(help="Experiment file (TOML), or a run folder to run again.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="Experiment file (TOML), or a run folder to run again; none with --bundle.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Attack what the edge of this exported bundle sends, and note it in the bundle.")
+    ] = None,
     at: Annotated[list[str] | None, typer.Option(help="Cut here instead of where the file says; repeatable.")] = None,
     attack: Annotated[list[str] | None, typer.Option(help="Run this attack instead of the file's; repeatable.")] = None,
     fail_above: Annotated[
@@ -140,9 +125,15 @@ def audit(
     threads: Threads = None,
 ) -> None:
     """Attack the features of a split network and report what can be rebuilt from them."""
-    with _lab():
+    with lab():
         from louver.config import read_experiment
         from louver.thresholds import parse_fail_above
+    if bundle is not None:
+        if file is not None or at or attack or fail_above:
+            raise ConfigError("--bundle is audited by its own experiment: leave out FILE, --at, --attack, --fail-above")
+        _audit_bundle(bundle, out, resume=resume, device=device, threads=threads, as_json=as_json)
+    if file is None:
+        raise ConfigError("expected an experiment file or --bundle FOLDER, got neither")
     rules = [str(parse_fail_above(text)) for text in fail_above or []]
     path = file / "config.toml" if file.is_dir() else file
     experiment = read_experiment(path, cuts=at, attacks=attack, thresholds=rules or None)
@@ -165,7 +156,7 @@ def harden(
     threads: Threads = None,
 ) -> None:
     """Train a split so that its features give away less, attack what comes out, and report."""
-    with _lab():
+    with lab():
         from louver.config import read_experiment
         from louver.logs import logging_to
     experiment = read_experiment(file / "config.toml" if file.is_dir() else file)
@@ -193,12 +184,12 @@ def bench(
     threads: Threads = None,
 ) -> None:
     """Train, attack and compare all defenses on one set of images; finished cells are kept."""
-    with _lab():
+    with lab():
         from louver.bench import run_bench
-    _set_threads(threads)
-    chosen = _device(device)
+    set_threads(threads)
+    chosen = device_named(device)
     folder = out or Path("runs") / "bench" / f"{name}-{scale}"
-    with _progress() as tell, redirect_stdout(sys.stderr):
+    with progress_shown() as tell, redirect_stdout(sys.stderr):
         facts = run_bench(
             name, scale=scale, folder=folder, only=only, seed=seed, device=chosen, jobs=jobs, progress=tell
         )
@@ -217,7 +208,7 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Run the whole job on a generated world: train a small network, cut it, attack it, report. Needs no data."""
-    with _lab():
+    with lab():
         from louver.config import read_experiment
     with as_file(files("louver") / "demo.toml") as path:
         experiment = read_experiment(path)
@@ -231,7 +222,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Draw the report of a finished run again."""
-    with _lab():
+    with lab():
         from louver.report import write_report
         from louver.runs import load_audit, panels, to_json
     found = load_audit(folder)
@@ -254,7 +245,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set defenses side by side: utility against leakage at equal edge cost, as one page."""
-    with _lab():
+    with lab():
         from louver.comparison import compare as compare_folders
         from louver.comparison import to_json
         from louver.ordering import ordered
@@ -281,7 +272,7 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """Show what a set of images holds, and draw a contact sheet of it."""
-    with _lab():
+    with lab():
         from louver.data import contact_sheet, load_images
     images = load_images(name, size=size)
     found: dict[str, Any] = {
@@ -307,6 +298,22 @@ def data(
         print(found["sheet"])
 
 
+def _audit_bundle(
+    folder: Path, out: Path | None, *, resume: bool, device: str, threads: int | None, as_json: bool
+) -> NoReturn:
+    with lab():
+        from louver.bundle import read_bundle
+        from louver.exporting import audit_bundle
+    set_threads(threads)
+    chosen = device_named(device)
+    where = out or Path("runs") / f"{read_bundle(folder).name}-bundle"
+    if where.exists() and not resume:
+        raise ConfigError(f"{where} is in use; go on with --resume, or choose another folder with --out")
+    with progress_shown() as tell, redirect_stdout(sys.stderr):
+        found = audit_bundle(folder, where, device=chosen, progress=tell)
+    _show(found, where, as_json=as_json)
+
+
 def _run(
     experiment: Any,  # noqa: ANN401 - louver.config.Experiment, which needs the lab to import
     folder: Path,
@@ -318,16 +325,22 @@ def _run(
     devices: int = 1,
     log: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> None:
-    with _lab():
+    with lab():
         from louver.experiment import run_experiment
-        from louver.report import write_report
-        from louver.runs import panels, to_json
-    _set_threads(threads)
-    chosen = _device(device)
+    set_threads(threads)
+    chosen = device_named(device)
     # A user's network may print; standard output is for results.
-    with _progress() as tell, redirect_stdout(sys.stderr):
+    with progress_shown() as tell, redirect_stdout(sys.stderr):
         found = run_experiment(experiment, folder, device=chosen, devices=devices, progress=tell, log=log)
-        path = write_report(found, panels(folder, found), folder / "report.html")
+    _show(found, folder, as_json=as_json, is_demo=is_demo)
+
+
+def _show(found: Audit, folder: Path, *, as_json: bool, is_demo: bool = False) -> NoReturn:
+    """Writes the report, prints what was found, and ends with the code that the verdict asks for."""
+    from louver.report import write_report
+    from louver.runs import panels, to_json
+
+    path = write_report(found, panels(folder, found), folder / "report.html")
     if as_json:
         print(json.dumps(to_json(found)))
     else:
@@ -340,55 +353,6 @@ def _run(
         console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
     # The demo shows a network that leaks: that it does is no failure of the demo.
     raise typer.Exit(0 if found.verdict.passed or is_demo else 1)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error, which leaves standard output to results; in a log, a line now and then."""
-    console = Console(stderr=True, soft_wrap=True)
-    if not console.is_terminal:
-        last = -_LOG_EVERY_S
-
-        def log(what: str, fraction: float) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LOG_EVERY_S:
-                last = time.monotonic()
-                console.print(f"{fraction:4.0%} {what}", markup=False, highlight=False)
-
-        yield log
-        return
-    columns = (
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda what, fraction: bar.update(task, description=what, completed=fraction)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name.startswith("meta"):
-        raise ConfigError("--device meta computes nothing; use auto, cpu or a device of this machine")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or a device of this machine"
-        ) from error
-    return name
-
-
-def _set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def _image_shape(text: str) -> tuple[int, int, int]:

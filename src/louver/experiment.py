@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from louver.audit import Settings, audit
-from louver.config import Experiment
+from louver.config import Experiment, read_experiment
 from louver.cost import measure_latency, with_latency
 from louver.cut import Split, cuts, split
 from louver.data import assign_roles, drop_overlap, load_images
 from louver.defenses import Defense
 from louver.errors import ConfigError, DataError
-from louver.hardening import Origin
+from louver.hardening import Origin, defense_name, load_split
 from louver.models import load_model, save_weights
 from louver.runs import RunFolder, load_audit
 from louver.storage import write_bytes
@@ -25,10 +27,85 @@ from louver.thresholds import parse_rule
 from louver.training import fit
 from louver.types import Audit, Images, Log, Progress, Roles
 
-__all__ = ["load_roles", "run_experiment"]
+__all__ = ["Run", "audit_run", "load_roles", "load_run", "run_experiment"]
 
 _TRAINING_SHARE = 0.2
 """Of the whole run, where the network is trained first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run folder was made from, and the split that came out of it."""
+
+    experiment: Experiment
+    roles: Roles
+    notes: tuple[str, ...]
+    task: Task | None
+    halves: Split
+
+
+def load_run(folder: Path, *, cut: str | None = None) -> Run:
+    """The split of a finished run with its images and task; of a run at several cuts, the one at `cut`.
+
+    Raises:
+        ConfigError: no run there, one that has not ended, or several cuts and none named.
+        LouverError: whatever reading images and weights refuses.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise ConfigError(f"expected a run in {folder}, got no config.toml; make one with `louver audit` or `harden`")
+    experiment = read_experiment(path, cuts=None if cut is None else [cut])
+    names = experiment.audit.cuts
+    if len(names) != 1:
+        raise ConfigError(f"{folder} holds {len(names)} cuts; name one: {', '.join(names)}")
+    roles, notes = load_roles(experiment)
+    task = _task(experiment, roles)
+    if experiment.defense is not None:
+        halves = load_split(folder)
+    else:
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise ConfigError(f"{folder} holds no model.safetensors: its run has not ended; run it again with --resume")
+        model = _network(experiment, roles, task, weights=str(weights))
+        (halves,) = _splits(experiment, model, torch.from_numpy(roles.test.floats(slice(0, 2))))
+    return Run(experiment=experiment, roles=roles, notes=tuple(notes), task=task, halves=halves.eval())
+
+
+def audit_run(
+    run: Run,
+    halves: Split,
+    folder: Path | None,
+    *,
+    name: str,
+    notes: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Audit:
+    """The audit of `halves` with the attacks, images and rules of `run`.
+
+    Raises:
+        LouverError: whatever the audit refuses.
+    """
+    experiment = run.experiment
+    attacks = {attack: entry.attack for attack, entry in experiment.attacks.items()}
+    return audit(
+        [halves],
+        run.roles,
+        attacks,
+        threat=experiment.threat,
+        task=run.task,
+        label=experiment.data.label,
+        rules=[parse_rule(rule) for rule in experiment.thresholds],
+        settings=_audit_settings(experiment),
+        seed=experiment.seed,
+        name=name,
+        defense="none" if experiment.defense is None else defense_name(experiment.defense),
+        notes=[*run.notes, *notes, *weakened(attacks)],
+        config=experiment.table,
+        folder=folder,
+        device=device,
+        progress=progress,
+    )
 
 
 def run_experiment(
@@ -211,16 +288,7 @@ def _victim(
     device: torch.device | str,
     progress: Progress | None,
 ) -> nn.Module:
-    options = experiment.model
-    model = load_model(
-        options.name,
-        n_classes=options.n_classes or _n_outputs(task),
-        weights=options.weights,
-        mean=options.mean,
-        std=options.std,
-        seed=experiment.seed,
-        image_shape=roles.test.image_shape,
-    )
+    model = _network(experiment, roles, task, weights=experiment.model.weights)
     if experiment.training is None:
         return model
     if task is None or not len(roles.train) or not len(roles.validation):
@@ -237,6 +305,19 @@ def _victim(
         if progress is None
         else lambda what, fraction: progress(f"training the network: {what}", fraction),
         device=device,
+    )
+
+
+def _network(experiment: Experiment, roles: Roles, task: Task | None, *, weights: str | None) -> nn.Module:
+    options = experiment.model
+    return load_model(
+        options.name,
+        n_classes=options.n_classes or _n_outputs(task),
+        weights=weights,
+        mean=options.mean,
+        std=options.std,
+        seed=experiment.seed,
+        image_shape=roles.test.image_shape,
     )
 
 

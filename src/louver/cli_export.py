@@ -1,0 +1,90 @@
+"""Commands that make bundles and vouch for them: parse, call one function, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from louver.console import AsJson, Device, Threads, device_named, lab, progress_shown, set_threads
+
+__all__ = ["export"]
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder of a finished audit or hardening.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle, which must not be in use.")],
+    cut: Annotated[str | None, typer.Option(help="Of a run at several cuts, the one to export.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name that it is served under; that of the run by default.")] = None,
+    encoding: Annotated[str, typer.Option(help="How features are sent: uint8, uint4 or float32.")] = "uint8",
+    edge_weights: Annotated[
+        str, typer.Option(help="float32, or int8 for an edge that computes in 8 bits.")
+    ] = "float32",
+    head: Annotated[
+        bool, typer.Option("--head", help="Add a small network that answers on the device while the cloud is away.")
+    ] = False,
+    min_agreement: Annotated[
+        float, typer.Option(help="Share of test images that must be answered as the split answers them.")
+    ] = 0.995,
+    calibration_images: Annotated[int, typer.Option(help="Auxiliary images to find scales on.")] = 512,
+    audited: Annotated[
+        bool, typer.Option("--audit/--no-audit", help="Attack what the exported edge sends, for the manifest.")
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of calibration and head.")] = 0,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Write both halves of a run's split as ONNX graphs that device and server run, and audit what will be sent."""
+    with lab():
+        from louver.exporting import ExportOptions, export_run
+    set_threads(threads)
+    options = ExportOptions(
+        # Both are checked there.
+        encoding=encoding,  # type: ignore[arg-type]
+        edge_weights=edge_weights,  # type: ignore[arg-type]
+        has_head=head,
+        calibration_images=calibration_images,
+        min_agreement=min_agreement,
+        seed=seed,
+    )
+    chosen = device_named(device)
+    with progress_shown() as tell, redirect_stdout(sys.stderr):
+        bundle = export_run(
+            run, out, name=name, cut=cut, options=options, has_audit=audited, device=chosen, progress=tell
+        )
+    _print_bundle(bundle, as_json=as_json)
+
+
+def _print_bundle(bundle: Any, *, as_json: bool) -> None:  # noqa: ANN401 - louver.bundle.Bundle
+    """What was exported, for a person or a program."""
+    record = bundle.record
+    if as_json:
+        print(json.dumps({"name": bundle.name, "id": bundle.id, "folder": str(bundle.folder), "record": record}))
+        return
+    same, cost = record["equivalence"], record["cost"]
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"bundle {bundle.name}, id {bundle.id}, in {bundle.folder}", markup=False)
+    console.print(
+        f"{same['measure']} as the split: {same['agreement']:.2%} of {same['images']} test images; features off by "
+        f"{same['relative_feature_error']:.2g} of their size",
+        markup=False,
+    )
+    console.print(
+        f"sent for an image: {cost['float32_feature_bytes']:,} bytes as float32, {cost['feature_bytes']:,} as "
+        f"{bundle.serving.encoding}, {same['compressed_bytes']:,.0f} compressed",
+        markup=False,
+    )
+    findings = [row for row in record["findings"] if row["attack"] != "mean_image"]
+    for row in findings:
+        console.print(
+            f"leaks by {row['attack']}: {row['measure']} {row['mean']:.3g} (floor {row['floor']:.3g})", markup=False
+        )
+    if not findings:
+        console.print(f"not audited: louver audit --bundle {bundle.folder}", markup=False)
+    console.print(f"card: {bundle.folder / 'CARD.md'}", markup=False)

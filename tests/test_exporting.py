@@ -1,0 +1,331 @@
+"""From a run to a bundle: what the graphs compute, what is refused, and that what is sent is what was audited."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tomli_w
+import torch
+from torch import Tensor, nn
+
+from louver.bundle import CLOUD, EDGE, HEAD, read_bundle
+from louver.cli import main
+from louver.config import read_experiment
+from louver.deployed import DeployedEdge, Session, deployed
+from louver.errors import BundleError, ConfigError, CutError, DataError
+from louver.experiment import load_run, run_experiment
+from louver.exporting import ExportOptions, _scales, audit_bundle, export_run
+from louver.graphs import given_noise, to_onnx
+from louver.stochastic import Noise, RandomMask, Stochastic, drawing_from, silenced
+from toys import SHAPE, Wide
+
+DATA = {
+    "train": "streets/1[:96]",
+    "validation": "streets/2[:24]",
+    "test": "streets/3[:40]",
+    "auxiliary": "streets/4[:60]",
+}
+SMALL = {
+    "name": "small",
+    "seed": 3,
+    "model": {"name": "street_net", "n_classes": 6},
+    "training": {"epochs": 1, "batch_size": 32},
+    "data": DATA | {"label": "body"},
+    "audit": {"cuts": ["stage1", "stage2"], "test_images": 20, "measures": ["psnr"]},
+    "attacks": {
+        "decoder": {"width": 64, "blocks": 1, "epochs": 1, "restarts": 1},
+        "likelihood": {"steps": 3, "sweep_steps": 2, "tv": [0.01], "l2": [0.0], "starts": ["mean"], "test_images": 4},
+    },
+}
+NOISY = {
+    "data": DATA | {"label": "body"},
+    "audit": SMALL["audit"] | {"cuts": ["stage2"]},
+    "defense": {"kind": "noise", "std": 0.3},
+    "hardening": {"epochs": 1, "batch_size": 32},
+}
+
+
+def made(folder: Path, table: dict) -> Path:
+    path = folder.with_suffix(".toml")
+    path.write_text(tomli_w.dumps(table))
+    run_experiment(read_experiment(path), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("runs") / "plain", SMALL)
+
+
+def trained(run: Path, **changes: object) -> dict:
+    """The experiment, its network trained already."""
+    table = SMALL | {"model": SMALL["model"] | {"weights": str(run / "model.safetensors")}} | changes
+    del table["training"]
+    return table
+
+
+@pytest.fixture(scope="module")
+def noisy(run: Path) -> Path:
+    return made(run.parent / "noisy", trained(run, **NOISY))
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path) -> Path:
+    export_run(run, run.parent / "bundle", cut="stage2", options=ExportOptions(has_head=True))
+    return run.parent / "bundle"
+
+
+# Graphs
+
+
+class Sum(nn.Module):
+    """Two draws in one edge, one of them inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(Wide(channels=6), Noise(0.5, kind="laplace"))
+        self.mask = RandomMask(0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mask(self.inner(x))
+
+
+def test_noise_becomes_inputs_that_mean_what_they_say() -> None:
+    edge, images = Sum().eval(), torch.rand(3, *SHAPE)
+    given = given_noise(edge, images)
+    assert [(one.name, one.kind) for one in given.inputs] == [("noise_0", "laplace"), ("noise_1", "uniform")]
+    assert {one.shape for one in given.inputs} == {(6, *SHAPE[1:])}
+    laplace, uniform = torch.randn(3, 6, *SHAPE[1:]), torch.rand(3, 6, *SHAPE[1:])
+    expected = (edge.inner[0](images) + 0.5 * laplace) * (uniform >= 0.25) / 0.75
+    graph = to_onnx(given, {"image": images, "noise_0": laplace, "noise_1": uniform}, "feature")
+    for n in (1, 3):
+        inputs = {"image": images, "noise_0": laplace, "noise_1": uniform}
+        got = Session(graph).run({name: value[:n].numpy() for name, value in inputs.items()})
+        np.testing.assert_allclose(got, expected[:n].detach().numpy(), atol=1e-5)
+    assert isinstance(edge.mask, RandomMask), "the user's edge is as it was"
+
+
+def test_graphs_say_nothing_of_the_machine() -> None:
+    graph = to_onnx(given_noise(Wide(channels=5), torch.rand(2, *SHAPE)), {"image": torch.rand(2, *SHAPE)}, "feature")
+    assert str(Path(__file__).parents[1]).encode() not in graph
+    assert b"site-packages" not in graph
+    assert b".py" not in graph
+    assert [one.name for one in onnx.load_from_string(graph).graph.output] == ["feature"]
+
+
+def test_what_cannot_be_exported_is_refused() -> None:
+    class Strange(Stochastic):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(())
+
+    with pytest.raises(CutError, match="Noise or RandomMask"):
+        given_noise(nn.Sequential(Wide(), Strange()), torch.rand(2, *SHAPE))
+
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if float(x.sum()) > 0 else -x
+
+    with pytest.raises(CutError, match="cannot be written as ONNX"):
+        to_onnx(Branching(), {"image": torch.rand(2, *SHAPE)}, "feature")
+    noise = Noise(0.5)
+    with pytest.raises(CutError, match="runs twice"):
+        given_noise(nn.Sequential(noise, Wide(), noise), torch.rand(2, *SHAPE))
+
+
+# Bundles
+
+
+def test_a_bundle_answers_as_its_split(run: Path, bundle: Path) -> None:
+    found = read_bundle(bundle, needs=(EDGE, CLOUD, HEAD))
+    whole = load_run(run, cut="stage2")
+    images = torch.from_numpy(whole.roles.test.floats())
+    with torch.no_grad():
+        features = whole.halves.edge(images)
+        expected = whole.halves.cloud(features)
+    edge, cloud, head = (onnxruntime.InferenceSession(found.path(file)) for file in (EDGE, CLOUD, HEAD))
+    (sent,) = edge.run(["feature"], {"image": images.numpy()})
+    assert sent.dtype == np.uint8
+    assert sent.shape[1:] == found.serving.feature_shape == tuple(features.shape[1:])
+    (got,) = cloud.run(["scores"], {"feature": sent})
+    assert float((torch.from_numpy(got).argmax(1) == expected.argmax(1)).float().mean()) >= 0.95
+    assert head.run(["scores"], {"feature": sent})[0].shape == got.shape
+    same = found.record["equivalence"]
+    assert same["images"] == 40
+    assert 0 < same["relative_feature_error"] < 0.02
+    assert 0 < same["compressed_bytes"] <= same["largest_compressed_bytes"]
+    assert found.record["utility"]["bundle"]["accuracy"] == pytest.approx(
+        found.record["utility"]["split"]["accuracy"], abs=0.05
+    )
+    assert set(found.record["utility"]) == {"split", "bundle", "head"}
+    assert len(found.serving.labels) == 6
+
+
+def test_what_is_audited_is_what_is_sent(bundle: Path, tmp_path: Path) -> None:
+    found = read_bundle(bundle)
+    rows = {(row["attack"], row["measure"]): row for row in found.record["findings"]}
+    assert {attack for attack, _ in rows} == {"mean_image", "decoder", "likelihood"}
+    card = (bundle / "CARD.md").read_text()
+    row = rows["decoder", "psnr"]
+    assert f"| {row['mean']:.3g} |" in card
+    assert f"| {row['floor']:.3g} |" in card
+    assert not list(bundle.rglob("truth.npz")), "no test picture is in the bundle"
+    again = audit_bundle(bundle, tmp_path / "again")
+    by_name = {(row.attack, row.measure): row for row in again.rows}
+    assert by_name["decoder", "psnr"].mean == pytest.approx(row["mean"], abs=1e-6)
+    assert read_bundle(bundle).id == found.id
+
+    whole = load_run(bundle / "audit", cut="stage2")
+    halves = deployed(whole.halves, found, *_scales(found, whole.halves))
+    assert isinstance(halves.edge, DeployedEdge)
+    images = torch.from_numpy(whole.roles.test.floats(slice(0, 5)))
+    (sent,) = onnxruntime.InferenceSession(found.path(EDGE)).run(["feature"], {"image": images.numpy()})
+    assert torch.equal(halves.edge.dequantize(torch.from_numpy(sent)), halves.edge(images).detach())
+    images.requires_grad_()
+    smooth = halves.edge(images)
+    assert bool(torch.autograd.grad(smooth.sum(), images)[0].any())
+    with torch.no_grad():
+        assert float((smooth - halves.edge(images)).abs().max()) <= float(halves.edge.quantize.step.max()) * 1.01
+
+
+def test_an_edge_with_noise_takes_it_from_outside_and_is_audited_with_it(noisy: Path, tmp_path: Path) -> None:
+    found = export_run(noisy, tmp_path / "b")
+    assert [(one.name, one.kind) for one in found.serving.noise] == [("noise_0", "normal")]
+    assert len(found.record["findings"]) == 3
+    whole = load_run(tmp_path / "b" / "audit")
+    halves = deployed(whole.halves, found, *_scales(found, whole.halves))
+    images = torch.from_numpy(whole.roles.test.floats(slice(0, 4)))
+    with torch.no_grad():
+        with drawing_from(1):
+            first = halves.edge(images)
+        with drawing_from(1):
+            again = halves.edge(images)
+        other = halves.edge(images)
+        quiet = silenced(halves.edge)
+        clean = quiet(images)
+        assert torch.equal(clean, quiet(images))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    noise = next(layer for layer in whole.halves.edge.modules() if isinstance(layer, Noise))
+    assert float((first - clean).std()) == pytest.approx(float(noise.std), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (ExportOptions(encoding="float32"), 4.0),
+        (ExportOptions(encoding="uint4", min_agreement=0.5), 0.5),
+        (ExportOptions(edge_weights="int8", min_agreement=0.5), 1.0),
+    ],
+    ids=["float32", "uint4", "int8 weights"],
+)
+def test_encodings(run: Path, tmp_path: Path, options: ExportOptions, size: float) -> None:
+    found = export_run(run, tmp_path / "b", cut="stage1", options=options, has_audit=False)
+    count = int(np.prod(found.record["feature_float32_shape"]))
+    assert found.serving.feature_bytes == size * count
+    whole = load_run(tmp_path / "b" / "audit", cut="stage1")
+    halves = deployed(whole.halves, found, *_scales(found, whole.halves))
+    images = torch.from_numpy(whole.roles.test.floats(slice(0, 7)))
+    with torch.no_grad():
+        expected, got = whole.halves.edge(images), halves.edge(images)
+    error = float((got - expected).norm() / expected.norm())
+    assert (error < 1e-4) if size == 4 else (1e-4 < error < 0.2)
+    assert "not measured" in (tmp_path / "b" / "CARD.md").read_text()
+
+
+def test_halves_that_answer_otherwise_are_refused_and_leave_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = Session.run
+    monkeypatch.setattr(Session, "run", lambda self, inputs: np.roll(genuine(self, inputs), 1, axis=1))
+    with pytest.raises(BundleError, match=r"do not answer as the split does.*99\.50%"):
+        export_run(run, tmp_path / "b", cut="stage2", has_audit=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals_say_what_to_do(run: Path, noisy: Path, bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 cuts; name one: stage1, stage2"):
+        export_run(run, tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"got no config\.toml"):
+        export_run(tmp_path, tmp_path / "b")
+    with pytest.raises(ConfigError, match="is in use"):
+        export_run(run, bundle, cut="stage2")
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.toml").write_bytes((run / "config.toml").read_bytes())
+    with pytest.raises(ConfigError, match="has not ended"):
+        export_run(unfinished, tmp_path / "b", cut="stage2")
+    for wrong in ({"encoding": "jpeg"}, {"edge_weights": "int4"}, {"calibration_images": 1}, {"min_agreement": 0}):
+        with pytest.raises(ConfigError, match="expected"):
+            ExportOptions(**wrong)
+    (copy := tmp_path / "copy").mkdir()
+    for file in ("manifest.json", EDGE, CLOUD):
+        (copy / file).write_bytes((bundle / file).read_bytes())
+    with pytest.raises(BundleError, match="not a device's copy"):
+        audit_bundle(copy, None)
+    content = bytearray((copy / EDGE).read_bytes())
+    content[-9] ^= 1
+    (copy / EDGE).write_bytes(content)
+    with pytest.raises(BundleError, match="not the file that was exported"):
+        audit_bundle(copy, None)
+
+
+def test_an_embedding_is_compared_by_angle_and_has_no_head(run: Path, tmp_path: Path) -> None:
+    table = trained(
+        run,
+        task={"kind": "reidentification"},
+        data=DATA,
+        audit=SMALL["audit"] | {"cuts": ["stage2"]},
+        attacks={"decoder": SMALL["attacks"]["decoder"]},
+    )
+    folder = made(tmp_path / "run", table)
+    found = export_run(folder, tmp_path / "b", has_audit=False)
+    assert found.record["equivalence"]["measure"] == "cosine"
+    assert found.record["equivalence"]["agreement"] > 0.999
+    assert found.serving.labels == ()
+    with pytest.raises(ConfigError, match="leave --head out"):
+        export_run(folder, tmp_path / "c", options=ExportOptions(has_head=True))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_head_needs_pictures_to_learn_from(run: Path, tmp_path: Path) -> None:
+    data = {role: DATA[role] for role in ("test", "auxiliary")} | {"label": "body"}
+    folder = made(tmp_path / "run", trained(run, data=data, audit=SMALL["audit"] | {"cuts": ["stage2"]}))
+    with pytest.raises(DataError, match="role train"):
+        export_run(folder, tmp_path / "b", options=ExportOptions(has_head=True))
+
+
+def test_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[object, str, str]:
+        monkeypatch.setattr("sys.argv", ["louver", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    code, out, _ = call("export", run, "-o", "b", "--cut", "stage2", "--no-audit")
+    assert code == 0
+    assert "not audited: louver audit --bundle b" in out
+    code, out, _ = call("audit", "--bundle", "b", "--json")
+    assert code == 0
+    assert {row["attack"] for row in json.loads(out)["rows"]} == {"mean_image", "decoder", "likelihood"}
+    assert (tmp_path / "runs" / "small-bundle" / "report.html").is_file()
+    assert read_bundle(tmp_path / "b").record["findings"]
+    code, _, err = call("audit", "--bundle", "b")
+    assert code == 2
+    assert "--resume" in err
+    code, _, err = call("audit", "x.toml", "--bundle", "b")
+    assert code == 2
+    assert "leave out FILE" in err
+    code, _, err = call("audit")
+    assert code == 2
+    assert "experiment file or --bundle" in err
+    code, out, _ = call("export", run, "-o", "c", "--cut", "stage1", "--no-audit", "--json", "--encoding", "float32")
+    assert code == 0
+    assert json.loads(out)["id"] == read_bundle(tmp_path / "c").id
