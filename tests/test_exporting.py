@@ -134,7 +134,7 @@ def test_what_cannot_be_exported_is_refused() -> None:
         to_onnx(Branching(), {"image": torch.rand(2, *SHAPE)}, "feature")
     noise = Noise(0.5)
     with pytest.raises(CutError, match="runs twice"):
-        given_noise(nn.Sequential(noise, Wide(), noise), torch.rand(2, *SHAPE))
+        given_noise(nn.Sequential(noise, nn.Sequential(noise), Wide()), torch.rand(2, *SHAPE))
 
 
 # Bundles

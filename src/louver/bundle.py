@@ -34,6 +34,7 @@ __all__ = [
     "Encoding",
     "Noise",
     "Serving",
+    "check_kept",
     "file_hash",
     "read_bundle",
     "write_manifest",
@@ -175,6 +176,19 @@ def bundle_id(name: str, serving: Serving) -> str:
     content = {"format": FORMAT, "name": name, "serving": asdict(serving)}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def check_kept(bundle: Bundle) -> None:
+    """Checks the files that no graph needs, as far as they are here: the card and what repeats the audit.
+
+    Raises:
+        BundleError: one was changed since the manifest was written.
+    """
+    kept: Mapping[str, str] = bundle.record.get("kept", {})
+    for file, digest in kept.items():
+        path = bundle.folder / file
+        if path.is_file() and file_hash(path) != digest:
+            raise BundleError(f"{path} was changed since it was exported; export the bundle again")
 
 
 def file_hash(path: Path) -> str:

@@ -36,7 +36,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(cli_export.export)
+for command in (cli_export.export, cli_export.sign, cli_export.verify):
+    app.command()(command)
 _INTERRUPTED = 130
 _LARGEST_SIDE = 4096
 

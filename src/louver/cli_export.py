@@ -13,7 +13,7 @@ from rich.console import Console
 
 from louver.console import AsJson, Device, Threads, device_named, lab, progress_shown, set_threads
 
-__all__ = ["export"]
+__all__ = ["export", "sign", "verify"]
 
 
 def export(
@@ -59,6 +59,41 @@ def export(
             run, out, name=name, cut=cut, options=options, has_audit=audited, device=chosen, progress=tell
         )
     _print_bundle(bundle, as_json=as_json)
+
+
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="Folder of an exported bundle.")],
+    key: Annotated[
+        Path | None, typer.Option(help="Private key (PEM, elliptic curve); without one the signature is keyless.")
+    ] = None,
+    password_file: Annotated[Path | None, typer.Option(help="File that holds the password of the key.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File that holds an OpenID Connect token, for keyless signing.")
+    ] = None,
+) -> None:
+    """Sign BUNDLE, so that devices and servers can tell that no byte was changed since."""
+    from louver.signing import sign_bundle
+
+    password = None if password_file is None else password_file.read_text(encoding="utf-8").rstrip("\r\n")
+    token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
+    print(sign_bundle(bundle, key=key, password=password, identity_token=token))
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a signed bundle.")],
+    key: Annotated[Path | None, typer.Option(help="Public key (PEM) of the maker.")] = None,
+    identity: Annotated[str | None, typer.Option(help="Who must have signed, for a keyless signature.")] = None,
+    issuer: Annotated[str | None, typer.Option(help="Address of who vouches for the identity.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that BUNDLE is signed by its maker and that no byte was changed since."""
+    from louver.signing import verify_bundle
+
+    found = verify_bundle(bundle, key=key, identity=identity, issuer=issuer)
+    if as_json:
+        print(json.dumps({"name": found.name, "id": found.id, "verified": True}))
+    else:
+        print(f"bundle {found.name}, id {found.id}: signed, and unchanged")
 
 
 def _print_bundle(bundle: Any, *, as_json: bool) -> None:  # noqa: ANN401 - louver.bundle.Bundle

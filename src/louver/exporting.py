@@ -28,6 +28,7 @@ from louver.experiment import Run, audit_run, load_run
 from louver.graphs import Given, given_noise, to_onnx
 from louver.probes.tail import small_tail, train_tail
 from louver.quantizing import Dequantize, Quantize, fit_quantization
+from louver.signing import SIGNATURE
 from louver.stochastic import drawing_from
 from louver.storage import refusals, write_bytes
 from louver.tasks import Classification, Task
@@ -150,9 +151,16 @@ def _with_findings(bundle: Bundle, found: Audit) -> Bundle:
         "verdict": asdict(found.verdict),
         "environment": dict(found.environment),
     }
-    bundle = write_manifest(bundle.folder, bundle.name, bundle.serving, record)
-    write_card(bundle)
-    return bundle
+    (bundle.folder / SIGNATURE).unlink(missing_ok=True)  # it was of other figures
+    return _sealed(bundle.folder, bundle.name, bundle.serving, record)
+
+
+def _sealed(folder: Path, name: str, serving: Serving, record: dict[str, Any]) -> Bundle:
+    """The bundle with its manifest and card written, and the hashes of all that no graph needs noted."""
+    write_card(write_manifest(folder, name, serving, record))
+    paths = [folder / "CARD.md", *sorted(path for path in (folder / ORIGIN).rglob("*") if path.is_file())]
+    kept = {path.relative_to(folder).as_posix(): file_hash(path) for path in paths}
+    return write_manifest(folder, name, serving, record | {"kept": kept})
 
 
 @contextmanager
@@ -239,9 +247,7 @@ def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOp
     same = _equivalence(halves, edge, network, dequantize, roles.test, options, is_embedding=not serving.labels)
     record = _record(run, serving, options, same, network, len(calibration))
     _keep_origin(run, run_folder, made / ORIGIN, quantize)
-    bundle = write_manifest(made, name, serving, record)
-    write_card(bundle)
-    return bundle
+    return _sealed(made, name, serving, record)
 
 
 def _batches(images: Images) -> Iterator[Tensor]:

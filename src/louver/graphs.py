@@ -90,11 +90,13 @@ def given_noise(edge: nn.Module, example: Float[Tensor, "n c h w"]) -> Given:
         CutError: a layer that draws by chance in a way that this version cannot export.
     """
     edge = copy.deepcopy(edge).eval()
-    drawn, placed = _Drawn(), list[_Placed]()
+    drawn = _Drawn()
     if isinstance(edge, Stochastic):
         edge = nn.Sequential(edge)
+    by_layer: dict[Stochastic, _Placed] = {}
     for parent in list(edge.modules()):
-        for name, layer in list(parent.named_children()):
+        # Not named_children: it tells of a layer that has two places only once.
+        for name, layer in list(parent._modules.items()):
             if not isinstance(layer, Stochastic):
                 continue
             if not isinstance(layer, Noise | RandomMask):
@@ -102,12 +104,12 @@ def given_noise(edge: nn.Module, example: Float[Tensor, "n c h w"]) -> Given:
                     f"{name}: expected Noise or RandomMask as layers that draw by chance, got {type(layer).__name__}, "
                     "which has no form that a device could draw; build the edge of these two"
                 )
-            placed.append(_Placed(layer, drawn))
-            setattr(parent, name, placed[-1])
+            placed = by_layer.setdefault(layer, _Placed(layer, drawn))
+            setattr(parent, name, placed)
     with torch.no_grad():
         edge(example)
-    placed = sorted((one for one in placed if one.place is not None), key=lambda one: one.place or 0)
-    inputs = tuple(NoiseInput(name=f"noise_{one.place}", shape=one.shape, kind=one.kind) for one in placed)
+    used = sorted((one for one in by_layer.values() if one.place is not None), key=lambda one: one.place or 0)
+    inputs = tuple(NoiseInput(name=f"noise_{one.place}", shape=one.shape, kind=one.kind) for one in used)
     return Given(edge, drawn, inputs).eval()
 
 

@@ -1,0 +1,114 @@
+"""Signatures of bundles, in the form of the OpenSSF model signing specification.
+
+What is signed is `manifest.json`: it holds the hash of every other file, so that a device may keep the files that it
+needs, and a changed byte in any of them is refused. Signatures are by a key file, or keyless by an identity that
+Sigstore knows, which needs a network.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from louver.bundle import MANIFEST, Bundle, check_kept, read_bundle
+from louver.errors import BundleError, ConfigError, MissingExtraError
+
+__all__ = ["SIGNATURE", "sign_bundle", "verify_bundle"]
+
+SIGNATURE = "manifest.json.sig"
+
+
+def sign_bundle(
+    folder: Path, *, key: Path | None = None, password: str | None = None, identity_token: str | None = None
+) -> Path:
+    """The signature of the bundle in `folder`, written beside its manifest: by the private `key`, else keyless.
+
+    Raises:
+        BundleError: no whole bundle there.
+        ConfigError: a key that cannot be read, or no way to sign without one.
+        StorageError: the disk refused.
+    """
+    bundle = _whole(folder)
+    try:
+        from model_signing import signing
+    except ImportError as error:
+        raise _missing() from error
+    config = signing.Config()  # type: ignore[no-untyped-call]
+    # Beside its place and then renamed: a signature cut short would be taken for a wrong one.
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{SIGNATURE}.")
+    os.close(descriptor)
+    try:
+        if key is not None:
+            if not key.is_file():
+                raise ConfigError(f"expected a private key (PEM) in {key}, got no file")
+            # Their annotation says str; what reads the key wants bytes.
+            secret: Any = None if password is None else password.encode()
+            config.use_elliptic_key_signer(private_key=key, password=secret)
+        else:
+            config.use_sigstore_signer(identity_token=identity_token, use_ambient_credentials=identity_token is None)
+        config.sign(bundle.folder / MANIFEST, Path(name))
+        return Path(name).replace(folder / SIGNATURE)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"cannot sign with {key or 'this identity'}: {error}") from error
+    except OSError as error:
+        if key is not None:
+            raise
+        raise ConfigError(f"signing without a key needs a network ({error}); give a key by --key") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def verify_bundle(
+    folder: Path, *, key: Path | None = None, identity: str | None = None, issuer: str | None = None
+) -> Bundle:
+    """The bundle in `folder`, if its signature is by the public `key`, or by `identity` as `issuer` vouches for it.
+
+    Every file that is there must be the one that was signed.
+
+    Raises:
+        BundleError: no signature, one by someone else, or a changed byte.
+        ConfigError: neither a key nor identity and issuer, or a key that cannot be read.
+    """
+    if (key is None) == (identity is None) or (identity is None) != (issuer is None):
+        raise ConfigError("expected either a public key, or an identity with its issuer, to verify by")
+    try:
+        from model_signing import verifying
+    except ImportError as error:
+        raise _missing() from error
+    signature = folder / SIGNATURE
+    if not signature.is_file():
+        raise BundleError(
+            f"expected a signature {SIGNATURE} in {folder}, got none; sign it with `louver sign {folder}`"
+        )
+    config = verifying.Config()  # type: ignore[no-untyped-call]
+    if key is not None:
+        if not key.is_file():
+            raise ConfigError(f"expected a public key (PEM) in {key}, got no file")
+        try:
+            config.use_elliptic_key_verifier(public_key=key)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{key} is no public key that this version reads: {error}") from error
+    else:
+        config.use_sigstore_verifier(identity=identity or "", oidc_issuer=issuer or "")
+    try:
+        config.verify(folder / MANIFEST, signature)
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise BundleError(
+            f"{folder}: the signature does not vouch for this bundle ({reason}); take it from its maker again"
+        ) from error
+    return _whole(folder)
+
+
+def _whole(folder: Path) -> Bundle:
+    """The bundle, each of its files that is here checked."""
+    bundle = read_bundle(folder)
+    bundle = read_bundle(folder, needs=[file for file in bundle.serving.files if (folder / file).is_file()])
+    check_kept(bundle)
+    return bundle
+
+
+def _missing() -> MissingExtraError:
+    return MissingExtraError("signatures need model-signing: pip install 'louver[sign]'")
