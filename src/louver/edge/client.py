@@ -83,6 +83,8 @@ class _Prepared:
     request: Request
     feature: NDArray[np.generic] = field(repr=False)
     edge_ms: float
+    place: int
+    """In the queue, should it have to wait: taken when its feature was computed, since tries may end in any order."""
 
 
 class Edge:
@@ -174,7 +176,11 @@ class Edge:
         """
         images = checked_images(images, self.bundle.serving.image_shape)
         with self._slot():
-            return self._finish(self._prepare(images))
+            prepared = self._prepare(images)
+            try:
+                return self._finish(prepared)
+            finally:
+                self._leave(prepared)
 
     def infer_many(self, batches: Iterable[NDArray[np.float32]]) -> Iterator[Answer]:
         """The answers for many calls of `infer`, in order; the next feature is computed while answers are awaited.
@@ -219,11 +225,11 @@ class Edge:
         outbox = self._queue()
         n_delivered, damaged = 0, []
         with self._flushing:
-            for number in outbox.numbers():
+            for place in outbox.places():
                 try:
-                    request = outbox.get(number)
+                    request = outbox.get(place)
                 except DamagedError as error:
-                    damaged.append(outbox.set_aside(number))
+                    damaged.append(outbox.set_aside(place))
                     _log.warning("%s; set aside as %s", error, damaged[-1].name)
                     continue
                 try:
@@ -233,7 +239,7 @@ class Edge:
                     _log.info("what waits is kept: %s", error)
                     break
                 sink(Delivery(request_id=request.id, scores=scores, labels=self._labels(scores)))
-                outbox.remove(number)
+                outbox.remove(place)
                 n_delivered += 1
         return Flushed(n_delivered=n_delivered, n_waiting=len(outbox), damaged=tuple(damaged))
 
@@ -258,13 +264,13 @@ class Edge:
         """Gives up a request that waits on disk; whether there was one."""
         outbox = self._queue()
         with self._flushing:
-            for number in outbox.numbers():
+            for place in outbox.places():
                 try:
-                    is_it = outbox.get(number).id == request_id
+                    is_it = outbox.get(place).id == request_id
                 except DamagedError:
                     continue  # `flush` sets it aside
                 if is_it:
-                    outbox.remove(number)
+                    outbox.remove(place)
                     return True
         return False
 
@@ -306,18 +312,34 @@ class Edge:
                 self._senders = ThreadPoolExecutor(self.settings.most_in_flight, thread_name_prefix="louver-edge")
         self._take_slot()
         try:
-            future = self._senders.submit(self._finish, self._prepare(images))
+            prepared = self._prepare(images)
         except BaseException:
             self._slots.release()
             raise
-        future.add_done_callback(lambda _: self._slots.release())
+
+        def end(_: object = None) -> None:
+            self._leave(prepared)
+            self._slots.release()
+
+        try:
+            future = self._senders.submit(self._finish, prepared)
+        except BaseException:
+            end()
+            raise
+        future.add_done_callback(end)
         return future
 
     def _prepare(self, images: NDArray[np.float32]) -> _Prepared:
         started = time.perf_counter()
         feature = self._edge(images)
         request = request_of(self.bundle, feature, self.settings)
-        return _Prepared(request=request, feature=feature, edge_ms=1e3 * (time.perf_counter() - started))
+        edge_ms = 1e3 * (time.perf_counter() - started)
+        place = 0 if self._outbox is None else self._outbox.take_place()
+        return _Prepared(request=request, feature=feature, edge_ms=edge_ms, place=place)
+
+    def _leave(self, prepared: _Prepared) -> None:
+        if self._outbox is not None:
+            self._outbox.leave(prepared.place)
 
     def _finish(self, prepared: _Prepared) -> Answer:
         started = time.perf_counter()
@@ -328,7 +350,7 @@ class Edge:
             scores, tries = self._transport.ask(request)
         except CloudAwayError:
             if self._outbox is not None:
-                self._outbox.put(request)
+                self._outbox.put(request, prepared.place)
                 source, scores, tries = "queue", None, 0
             elif self._head is not None:
                 source, scores, tries = "local", self._head(prepared.feature), 0

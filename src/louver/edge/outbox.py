@@ -7,7 +7,7 @@
     └── *.damaged           entries that did not open; kept for whoever wants to know why
 
 An entry is written under another name, synced, renamed, and its folder synced before it counts as kept; what a crash
-leaves half-written is swept away on opening. Its number and bundle are authenticated with it, so that entries cannot
+leaves half-written is swept away on opening. Its place and bundle are authenticated with it, so that entries cannot
 change places. It is deleted when its answer has been delivered, and not before. No image is ever here.
 """
 
@@ -78,6 +78,7 @@ class Outbox:
             _write(head, [content.encode()])
         self._sizes = {int(path.stem): path.stat().st_size for path in entries}
         self._next = max(self._sizes, default=-1) + 1
+        self._places: set[int] = set()
 
     def _check_head(self, head: Path, key_file: Path) -> None:
         try:
@@ -110,8 +111,21 @@ class Outbox:
             os.close(self._lock_file)
             self._lock_file = -1
 
-    def put(self, request: Request) -> None:
-        """Keeps a request; when this returns, it survives a crash and a power cut.
+    def take_place(self) -> int:
+        """A place in the order, for a request that may have to wait; `leave` it when the request has ended."""
+        with self._guard:
+            place = self._next
+            self._next += 1
+            self._places.add(place)
+        return place
+
+    def leave(self, place: int) -> None:
+        """Nothing more comes to a place."""
+        with self._guard:
+            self._places.discard(place)
+
+    def put(self, request: Request, place: int) -> None:
+        """Keeps a request at its place; when this returns, it survives a crash and a power cut.
 
         Raises:
             BusyError: the queue is full; nothing was kept.
@@ -124,17 +138,15 @@ class Outbox:
             "compression": request.compression,
         }
         text = json.dumps(head).encode()
+        nonce = os.urandom(_NONCE)
+        plain = b"".join((len(text).to_bytes(4, "little"), text, request.body))
+        sealed = self._cipher.encrypt(nonce, plain, self._seal(place))
+        size = len(nonce) + len(sealed)
         with self._guard:
-            number = self._next
-            nonce = os.urandom(_NONCE)
-            plain = b"".join((len(text).to_bytes(4, "little"), text, request.body))
-            sealed = self._cipher.encrypt(nonce, plain, self._seal(number))
-            size = len(nonce) + len(sealed)
             self._check_room(size)
             with _refusals(self.folder):
-                _write(self._path(number), [nonce, sealed])
-            self._sizes[number] = size
-            self._next += 1
+                _write(self._path(place), [nonce, sealed])
+            self._sizes[place] = size
 
     def _check_room(self, size: int) -> None:
         most, most_bytes = self._settings.queue_most_entries, self._settings.queue_most_bytes
@@ -145,50 +157,51 @@ class Outbox:
                 f"{held} and one more of {size}; nothing was kept; wait for the cloud, or raise the bounds"
             )
 
-    def numbers(self) -> list[int]:
-        """The numbers of what waits, oldest first."""
+    def places(self) -> list[int]:
+        """The places of what waits, oldest first, as far as nothing before them can come any more."""
         with self._guard:
-            return sorted(self._sizes)
+            bound = min(self._places, default=self._next)
+            return sorted(place for place in self._sizes if place < bound)
 
-    def get(self, number: int) -> Request:
+    def get(self, place: int) -> Request:
         """One request that waits.
 
         Raises:
             DamagedError: it was cut short or changed.
             StorageError: the disk does not give it.
         """
-        path = self._path(number)
+        path = self._path(place)
         with _refusals(path, doing="read"):
             content = path.read_bytes()
         try:
-            plain = self._cipher.decrypt(content[:_NONCE], content[_NONCE:], self._seal(number))
+            plain = self._cipher.decrypt(content[:_NONCE], content[_NONCE:], self._seal(place))
             length = int.from_bytes(plain[:4], "little")
             assert length < _MOST_HEAD, "written by us and authenticated"
             return Request(**json.loads(plain[4 : 4 + length]), body=plain[4 + length :])
         except (self._wrong_key, ValueError) as error:
             raise DamagedError(f"{path} does not open: it was cut short or changed") from error
 
-    def remove(self, number: int) -> None:
+    def remove(self, place: int) -> None:
         """Forgets a request whose answer was delivered, or that its owner gives up."""
         with self._guard, _refusals(self.folder):
-            self._path(number).unlink(missing_ok=True)
+            self._path(place).unlink(missing_ok=True)
             _sync(self.folder)
-            self._sizes.pop(number, None)
+            self._sizes.pop(place, None)
 
-    def set_aside(self, number: int) -> Path:
+    def set_aside(self, place: int) -> Path:
         """Moves a damaged entry out of the way; where it is now."""
-        path = self._path(number)
+        path = self._path(place)
         with self._guard, _refusals(self.folder):
             aside = path.replace(path.with_suffix(".damaged"))
             _sync(self.folder)
-            self._sizes.pop(number, None)
+            self._sizes.pop(place, None)
         return aside
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:012d}.entry"
+    def _path(self, place: int) -> Path:
+        return self.folder / f"{place:012d}.entry"
 
-    def _seal(self, number: int) -> bytes:
-        return f"louver queue {_FORMAT} {self._bundle_id} {number}".encode()
+    def _seal(self, place: int) -> bytes:
+        return f"louver queue {_FORMAT} {self._bundle_id} {place}".encode()
 
 
 def _cryptography() -> tuple[type[AESGCM], type[InvalidTag]]:

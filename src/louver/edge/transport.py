@@ -151,9 +151,12 @@ class Transport:
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise AnswerError(
                 "the cloud's answer cannot be used: expected none but the identity encoding, which was asked for; "
-                "look at what is between"
+                "look at the server and what is between"
             )
-        return read_scores(content, response.headers.get(HEADER_LENGTH), request, self._bundle)
+        try:
+            return read_scores(content, response.headers.get(HEADER_LENGTH), request, self._bundle)
+        except AnswerError as error:
+            raise AnswerError(self._without_token(str(error))) from None  # whose cause would show it
 
     def _headers(self, request: Request) -> dict[str, str]:
         headers = {
@@ -169,10 +172,12 @@ class Transport:
             headers["Authorization"] = self._token.header()
         return headers
 
+    def _without_token(self, text: str) -> str:
+        """What a server said, should it have said the token back."""
+        return text if self._token is None else self._token.hidden_in(text)
+
     def _refusal(self, response: urllib3.BaseHTTPResponse, content: bytes) -> CloudError:
-        status, reason = response.status, read_reason(content)
-        if self._token is not None:
-            reason = self._token.hidden_in(reason)
+        status, reason = response.status, self._without_token(read_reason(content))
         if status in _BUSY:
             retry_after_s = _retry_after(response.headers.get("Retry-After"))
             return _BusyError(
