@@ -45,7 +45,7 @@ class Outbox:
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         if settings.queue_folder is None:
             raise ConfigError('policy "queue": expected queue_folder, got none; name a folder for what waits')
-        self.folder = settings.queue_folder
+        self.folder = settings.queue_folder.absolute()
         self._bundle_id, self._settings = bundle.id, settings
         self._guard = Lock()
         self._lock_file = -1
