@@ -80,14 +80,14 @@ def test_tries_and_deadline_are_bounds(cloud: Cloud) -> None:
         assert 0.2 < time.monotonic() - started < 0.8
 
 
-def test_an_answer_that_drips_meets_the_deadline(cloud: Cloud) -> None:
+@pytest.mark.parametrize("where", ["head", "body"])
+def test_an_answer_that_drips_meets_the_deadline(cloud: Cloud, where: str) -> None:
     def drip(handler, seen) -> None:
         content, headers = answer_of(cloud, seen)
         lines = [f"{name}: {value}" for name, value in headers.items()]
-        head = "\r\n".join(["HTTP/1.1 200 -", *lines, f"Content-Length: {len(content)}"])
-        handler.wfile.write(head.encode() + b"\r\n\r\n")
-        for byte in content:
-            handler.wfile.write(bytes([byte]))
+        head = "\r\n".join(["HTTP/1.1 200 -", *lines, f"Content-Length: {len(content)}"]).encode() + b"\r\n\r\n"
+        for byte in head if where == "head" else [head, *content]:
+            handler.wfile.write(byte if isinstance(byte, bytes) else bytes([byte]))
             time.sleep(0.02)
 
     cloud.always = drip

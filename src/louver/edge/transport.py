@@ -22,6 +22,7 @@ from urllib3.exceptions import HTTPError, SSLError
 from louver.bundle import Bundle
 from louver.edge.address import Token, address_of, tls_context
 from louver.edge.breaker import Breaker
+from louver.edge.connections import pool_of, set_deadline
 from louver.edge.settings import Settings
 from louver.edge.wire import HEADER_LENGTH, MOST_ANSWER_HEADER, Request, read_reason, read_scores
 from louver.errors import AnswerError, CloudAwayError, CloudError, CloudRefusedError
@@ -57,12 +58,8 @@ class Transport:
         self._bundle, self._token, self._settings = bundle, token, settings
         self._path = f"{self.address.path}/v2/models/{bundle.name}/versions/{bundle.id}/infer"
         self._closed = threading.Event()
-        where, n_kept = (self.address.host, self.address.port), settings.most_in_flight
-        self._pool: urllib3.HTTPConnectionPool
-        if self.address.scheme == "https":
-            self._pool = urllib3.HTTPSConnectionPool(*where, maxsize=n_kept, ssl_context=tls_context(settings))
-        else:
-            self._pool = urllib3.HTTPConnectionPool(*where, maxsize=n_kept)
+        context = tls_context(settings) if self.address.scheme == "https" else None
+        self._pool = pool_of(self.address.host, self.address.port, settings.most_in_flight, context)
 
     def close(self) -> None:
         """Ends waits between tries and drops the connections."""
@@ -119,6 +116,7 @@ class Transport:
         timeout = urllib3.Timeout(
             connect=min(settings.connect_timeout_s, left), read=min(settings.read_timeout_s, left)
         )
+        set_deadline(deadline)
         try:
             response = self._pool.urlopen(
                 "POST",
@@ -133,7 +131,7 @@ class Transport:
             )
             try:
                 most = MOST_ANSWER_HEADER + 4 * request.n_images * math.prod(self._bundle.serving.output_shape)
-                content = _bounded(response, most, deadline)
+                content = _bounded(response, most)
             finally:
                 # What was not read to its end must not be read by the next request on the same connection.
                 if not response.closed:
@@ -217,10 +215,9 @@ def _pieces(body: bytes, deadline: float) -> Iterator[memoryview]:
         yield view[start : start + _PIECE]
 
 
-def _bounded(response: urllib3.BaseHTTPResponse, most: int, deadline: float) -> bytes:
+def _bounded(response: urllib3.BaseHTTPResponse, most: int) -> bytes:
     """The whole content of an answer, of which no more than `most` bytes are ever held."""
     pieces, size = [], 0
-    # By what is there: a server that sends a byte now and then meets the deadline and not just the read timeout.
     while piece := response.read1(_PIECE):
         pieces.append(piece)
         size += len(piece)
@@ -229,8 +226,6 @@ def _bounded(response: urllib3.BaseHTTPResponse, most: int, deadline: float) -> 
                 f"the cloud's answer cannot be used: expected at most {most} bytes, got more; look at the server and "
                 "what is between"
             )
-        if time.monotonic() > deadline:
-            raise TimeoutError("the deadline passed while reading")
     return b"".join(pieces)
 
 
