@@ -70,18 +70,17 @@ def address_of(server: str, settings: Settings, *, has_token: bool) -> Address:
     Raises:
         ConfigError: no http(s) address, one that holds a secret, or plain HTTP to another machine.
     """
+    example = "expected an address such as https://cloud.example:8443"
+    if any(sign in server for sign in "@?#"):  # before anything is said of it: it may hold a password
+        raise ConfigError(f"server: {example} without user, password or query (not shown); give a token by itself")
     try:
         parts = urlsplit(server)
         port = parts.port
     except ValueError as error:
-        raise ConfigError(f"server: expected an address such as https://cloud.example:8443, got none ({error})") from (
-            error
-        )
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError("server: expected an address without user and password (not shown); give a token instead")
+        raise ConfigError(f"server: {example}, got {server!r} ({error}); mend it") from error
     path = parts.path.rstrip("/")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ConfigError(f"server: expected an address such as https://cloud.example:8443, got {server!r}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"server: {example}, got {server!r}; mend it")
     if not _PATH.fullmatch(path):
         raise ConfigError(f"server: expected a path of letters, digits, '.', '_', '~' and '-', got {path!r}")
     default = 443 if parts.scheme == "https" else 80
