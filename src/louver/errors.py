@@ -9,7 +9,13 @@
     ├── CutError           the network cannot be cut there: take one of the legal cuts that it lists
     ├── ThreatError        the threat model does not grant what the attack needs: grant it or drop the attack
     ├── AttackError        an attack broke (NaN, wrong shape): its result must not be read as privacy
+    ├── CloudError         the cloud half gave no answer
+    │   ├── CloudAwayError     not reached, too slow or too busy: the same request may be answered later
+    │   ├── CloudRefusedError  it said no, or is not the one that it claims to be: mend what the message names
+    │   └── AnswerError        it sent what is no answer (wrong shape, NaN, garbage): none of it was used
+    ├── BusyError          too much is under way or waiting already: let some of it end, or raise the bound
     ├── StorageError       the disk refused: what was finished is kept, free space and resume
+    │   └── DamagedError       what is on it was cut short or changed since it was written
     └── MissingExtraError  an optional part is not installed: the message holds the command
 
 Each message says what was expected, what came, and what to do. The command line prints it and exits with code 2.
@@ -18,10 +24,16 @@ Each message says what was expected, what came, and what to do. The command line
 from __future__ import annotations
 
 __all__ = [
+    "AnswerError",
     "AttackError",
     "BundleError",
+    "BusyError",
+    "CloudAwayError",
+    "CloudError",
+    "CloudRefusedError",
     "ConfigError",
     "CutError",
+    "DamagedError",
     "DataError",
     "InputError",
     "LouverError",
@@ -69,8 +81,32 @@ class AttackError(LouverError, RuntimeError):
     """An attack broke; a broken attack is never reported as a good defense."""
 
 
+class CloudError(LouverError, RuntimeError):
+    """The cloud half gave no answer."""
+
+
+class CloudAwayError(CloudError):
+    """The cloud was not reached, or was too slow or too busy; the same request may be answered later."""
+
+
+class CloudRefusedError(CloudError):
+    """The cloud said no (token, budget, version, size), or is not the one that it claims to be."""
+
+
+class AnswerError(CloudError):
+    """The cloud sent what is no answer to the request; none of it was used."""
+
+
+class BusyError(LouverError, RuntimeError):
+    """A bound on what may be under way or waiting at once was reached; nothing was taken on."""
+
+
 class StorageError(LouverError, OSError):
     """The disk refused; what was finished before is kept."""
+
+
+class DamagedError(StorageError):
+    """What is on the disk was cut short or changed since it was written."""
 
 
 class MissingExtraError(LouverError, ImportError):

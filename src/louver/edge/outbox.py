@@ -1,0 +1,287 @@
+"""Requests that wait on disk for the cloud: bounded, encrypted, in order, whole after a crash at any moment.
+
+    FOLDER/
+    ├── queue.json          what the queue is of (format, bundle) and a check of the key
+    ├── lock                held by the one process that uses the queue
+    ├── 000000000007.entry  one request: nonce, then AES-256-GCM of its head and body
+    └── *.damaged           entries that did not open; kept for whoever wants to know why
+
+An entry is written under another name, synced, renamed, and its folder synced before it counts as kept; what a crash
+leaves half-written is swept away on opening. Its place and bundle are authenticated with it, so that entries cannot
+change places. It is deleted when its answer has been delivered, and not before. No image is ever here.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from louver.bundle import Bundle
+from louver.edge.settings import Settings
+from louver.edge.wire import Request
+from louver.errors import BusyError, ConfigError, DamagedError, MissingExtraError, StorageError
+
+if TYPE_CHECKING:
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+__all__ = ["Outbox"]
+
+_FORMAT = 1
+_NONCE, _KEY_BYTES = 12, 32
+_MOST_HEAD = 2**12
+
+
+class Outbox:
+    """The queue in `settings.queue_folder`, held by this process until it is closed."""
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        if settings.queue_folder is None:
+            raise ConfigError('policy "queue": expected queue_folder, got none; name a folder for what waits')
+        self.folder = settings.queue_folder.absolute()
+        self._bundle_id, self._settings = bundle.id, settings
+        self._guard = Lock()
+        self._lock_file = -1
+        key_file = settings.queue_key or self.folder.with_name(self.folder.name + ".key")
+        with _refusals(self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_file = _locked(self.folder)
+        try:
+            with _refusals(self.folder):
+                self._open(key_file)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, key_file: Path) -> None:
+        cipher_of, self._wrong_key = _cryptography()
+        for left in self.folder.glob("*.part"):
+            left.unlink()
+        entries = sorted(self.folder.glob(f"{'[0-9]' * 12}.entry"))
+        head = self.folder / "queue.json"
+        if not head.exists() and entries:
+            raise StorageError(f"{self.folder}: expected queue.json beside the entries, got none; restore it")
+        self._cipher = cipher_of(_key(key_file, is_new=not head.exists()))
+        if head.exists():
+            self._check_head(head, key_file)
+        else:
+            nonce = os.urandom(_NONCE)
+            check = base64.b64encode(nonce + self._cipher.encrypt(nonce, b"", self._bundle_id.encode())).decode()
+            content = json.dumps({"format": _FORMAT, "bundle": self._bundle_id, "key_check": check})
+            _write(head, [content.encode()])
+        self._sizes = {int(path.stem): path.stat().st_size for path in entries}
+        self._next = max(self._sizes, default=-1) + 1
+        self._places: set[int] = set()
+
+    def _check_head(self, head: Path, key_file: Path) -> None:
+        try:
+            content = json.loads(head.read_bytes())
+            found, bundle_id, check = content["format"], content["bundle"], base64.b64decode(content["key_check"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{head} is damaged ({type(error).__name__}); restore it, or remove the queue"
+            ) from error
+        if found != _FORMAT:
+            raise StorageError(f"{head}: expected format {_FORMAT}, got {found!r}; use the Louver that wrote it")
+        if bundle_id != self._bundle_id:
+            raise ConfigError(
+                f"{self.folder} holds features of bundle {bundle_id}, this is {self._bundle_id}; send them with that "
+                "bundle first, or choose another queue_folder"
+            )
+        try:
+            self._cipher.decrypt(check[:_NONCE], check[_NONCE:], bundle_id.encode())
+        except self._wrong_key as error:
+            raise ConfigError(
+                f"queue_key: {key_file} is not the key of {self.folder}; name the key it was made with"
+            ) from (error)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def close(self) -> None:
+        """Lets another process use the queue."""
+        if self._lock_file >= 0:
+            os.close(self._lock_file)
+            self._lock_file = -1
+
+    def take_place(self) -> int:
+        """A place in the order, for a request that may have to wait; `leave` it when the request has ended."""
+        with self._guard:
+            place = self._next
+            self._next += 1
+            self._places.add(place)
+        return place
+
+    def leave(self, place: int) -> None:
+        """Nothing more comes to a place."""
+        with self._guard:
+            self._places.discard(place)
+
+    def put(self, request: Request, place: int) -> None:
+        """Keeps a request at its place; when this returns, it survives a crash and a power cut.
+
+        Raises:
+            BusyError: the queue is full; nothing was kept.
+            StorageError: the disk refused; nothing was kept, and what was there is whole.
+        """
+        head = {
+            "id": request.id,
+            "n_images": request.n_images,
+            "header_length": request.header_length,
+            "compression": request.compression,
+        }
+        text = json.dumps(head).encode()
+        nonce = os.urandom(_NONCE)
+        plain = b"".join((len(text).to_bytes(4, "little"), text, request.body))
+        sealed = self._cipher.encrypt(nonce, plain, self._seal(place))
+        size = len(nonce) + len(sealed)
+        with self._guard:
+            self._check_room(size)
+            with _refusals(self.folder):
+                _write(self._path(place), [nonce, sealed])
+            self._sizes[place] = size
+
+    def _check_room(self, size: int) -> None:
+        most, most_bytes = self._settings.queue_most_entries, self._settings.queue_most_bytes
+        held = sum(self._sizes.values())
+        if len(self._sizes) >= most or held + size > most_bytes:
+            raise BusyError(
+                f"the queue is full: expected at most {most} requests of {most_bytes} bytes, got {len(self._sizes)} of "
+                f"{held} and one more of {size}; nothing was kept; wait for the cloud, or raise the bounds"
+            )
+
+    def places(self) -> list[int]:
+        """The places of what waits, oldest first, as far as nothing before them can come any more."""
+        with self._guard:
+            bound = min(self._places, default=self._next)
+            return sorted(place for place in self._sizes if place < bound)
+
+    def get(self, place: int) -> Request:
+        """One request that waits.
+
+        Raises:
+            DamagedError: it was cut short or changed.
+            StorageError: the disk does not give it.
+        """
+        path = self._path(place)
+        with _refusals(path, doing="read"):
+            content = path.read_bytes()
+        try:
+            plain = self._cipher.decrypt(content[:_NONCE], content[_NONCE:], self._seal(place))
+            length = int.from_bytes(plain[:4], "little")
+            assert length < _MOST_HEAD, "written by us and authenticated"
+            return Request(**json.loads(plain[4 : 4 + length]), body=plain[4 + length :])
+        except (self._wrong_key, ValueError) as error:
+            raise DamagedError(f"{path} does not open: it was cut short or changed") from error
+
+    def remove(self, place: int) -> None:
+        """Forgets a request whose answer was delivered, or that its owner gives up."""
+        with self._guard, _refusals(self.folder):
+            self._path(place).unlink(missing_ok=True)
+            _sync(self.folder)
+            self._sizes.pop(place, None)
+
+    def set_aside(self, place: int) -> Path:
+        """Moves a damaged entry out of the way; where it is now."""
+        path = self._path(place)
+        with self._guard, _refusals(self.folder):
+            aside = path.replace(path.with_suffix(".damaged"))
+            _sync(self.folder)
+            self._sizes.pop(place, None)
+        return aside
+
+    def _path(self, place: int) -> Path:
+        return self.folder / f"{place:012d}.entry"
+
+    def _seal(self, place: int) -> bytes:
+        return f"louver queue {_FORMAT} {self._bundle_id} {place}".encode()
+
+
+def _cryptography() -> tuple[type[AESGCM], type[InvalidTag]]:
+    try:
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("a queue on disk is encrypted, which needs: pip install 'louver[edge]'") from error
+    return AESGCM, InvalidTag
+
+
+def _key(path: Path, *, is_new: bool) -> bytes:
+    """The key in `path`, which is made if there is none and nothing was encrypted yet."""
+    if not path.exists():
+        if not is_new:
+            raise ConfigError(f"queue_key: expected the key of the queue in {path}, got no such file; restore it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, [os.urandom(_KEY_BYTES)])
+    # By the open file, so that what is judged is what is read.
+    with path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        key = file.read(_KEY_BYTES + 1)
+    if mode & 0o077:
+        raise ConfigError(
+            f"queue_key: expected {path} to be for its owner alone, got mode {mode & 0o777:04o}; chmod 600 it"
+        )
+    if len(key) != _KEY_BYTES:
+        raise ConfigError(f"queue_key: expected {_KEY_BYTES} random bytes in {path}, got another size; name another")
+    return key
+
+
+def _locked(folder: Path) -> int:
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError(f"{folder} is in use by another process; end it, or choose another queue_folder") from error
+    return descriptor
+
+
+def _write(path: Path, parts: list[bytes]) -> None:
+    """Writes `path` for its owner alone, whole or not at all, and not lost by a power cut once this returns."""
+    part = path.with_name(path.name + ".part")
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            for piece in parts:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        part.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        # After the rename the file may be whole and unsynced: it was not promised, so it must not stay.
+        part.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _refusals(what: Path, *, doing: str = "write") -> Iterator[None]:
+    """Turns the operating system's refusal into a `StorageError` that says what to do."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot {doing} {what}: {error.strerror or error}; what the queue had acknowledged is whole; free space "
+            "or mend the disk"
+        ) from error
