@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from louver import cli_cloud
 from louver.errors import ConfigError, LouverError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(cli_cloud.serve)
+app.add_typer(cli_cloud.token)
 _LAB = (
     *("jaxtyping", "jinja2", "lightning_fabric", "PIL", "pyarrow", "pydantic", "pytorch_metric_learning"),
     *("safetensors", "timm", "tomli_w", "torch", "torch_pruning", "torchvision"),
