@@ -81,6 +81,8 @@ def serve(
     max_decoded_mb: Annotated[float, typer.Option(min=0.001, help="Largest body after decompression, MiB.")] = 64.0,
     max_held_mb: Annotated[float, typer.Option(min=0.001, help="Bodies of all requests at a time, MiB.")] = 512.0,
     body_s: Annotated[float, typer.Option(min=0.1, help="Seconds that a client may take to send a body.")] = 30.0,
+    answer_s: Annotated[float, typer.Option(min=0.1, help="Seconds that a client may take to read an answer.")] = 30.0,
+    head_s: Annotated[float, typer.Option(min=0.1, help="Seconds that the head of a request may take.")] = 10.0,
     max_connections: Annotated[int, typer.Option(min=1, help="Most connections of REST at a time.")] = 1024,
     keep_s: Annotated[
         float, typer.Option(min=0, help="How long a version is answered after another has taken its place (SIGHUP).")
@@ -113,6 +115,7 @@ def serve(
         is_insecure_public=insecure_public,
         drain_s=drain_s,
         connections=max_connections,
+        head_s=head_s,
     )
     listening.check(has_tokens=tokens is not None)
     limits = Limits(
@@ -121,6 +124,7 @@ def serve(
         held_bytes=int(max_held_mb * _MB),
         rows=max_rows,
         body_s=body_s,
+        answer_s=answer_s,
     )
     batching = Batching(max_rows=max_batch, max_delay_s=max_delay_ms / 1000, queue=queue, workers=workers)
     if threads is not None:

@@ -135,8 +135,7 @@ async def serve(app: App, listening: Listening, *, started: Callable[[Addresses]
             # Goes on answering while whoever balances load learns that it should go elsewhere.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(signals.at_once.wait(), listening.drain_s)
-            service.is_closing = True
-            _log.info("closing", extra={"waiting": sum(len(one.batcher) for one in service.repository.current)})
+            _log.info("closing")
             for server in servers:
                 server.should_exit = True
             grace_s = _grace_s(service)
@@ -178,7 +177,8 @@ class _Signals:
         if is_at_once or self.ending.is_set():
             self.at_once.set()
         if not self.ending.is_set():
-            _log.info("draining")
+            waiting = sum(len(one.batcher) for one in self._service.repository.current)
+            _log.info("draining", extra={"waiting": waiting})
         self._service.is_draining = True
         self.ending.set()
 

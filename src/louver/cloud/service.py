@@ -23,7 +23,6 @@ from louver.errors import StorageError
 __all__ = ["GONE", "Request", "Service"]
 
 _log = logging.getLogger("louver.cloud")
-_DRAINING_S = 5.0
 GONE = 499
 """The status in log and metrics of a request whose client left before it was answered; nobody receives it."""
 
@@ -58,7 +57,6 @@ class Service:
         path = settings.budgets_path
         self.budgets = Budgets(path, retry_window_s=settings.retry_window_s) if path is not None else None
         self.is_draining = False
-        self.is_closing = False
         self.held_bytes = 0
 
     def close(self) -> None:
@@ -87,11 +85,9 @@ class Service:
         """Who asks, and whether now: all that can be refused before anything else is read.
 
         Raises:
-            Refusal: 401, 429, 503 at the end of this server.
+            Refusal: 401, 429.
         """
         request.client = self.identify(authorization)
-        if self.is_closing:
-            raise Refusal(503, "this server is about to end", retry_after_s=_DRAINING_S)
         if self.clients is not None:
             self.clients.admit(request.client)
 
