@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from louver import cli_edge, cli_export
+from louver import cli_cloud, cli_edge, cli_export
 from louver.console import AsJson, Device, Threads, device_named, lab, progress_shown, set_threads
 from louver.errors import ConfigError, LouverError
 
@@ -36,8 +36,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (cli_edge.run, cli_export.export, cli_export.sign, cli_export.verify):
+for command in (cli_cloud.serve, cli_edge.run, cli_export.export, cli_export.sign, cli_export.verify):
     app.command()(command)
+app.add_typer(cli_cloud.token)
 _INTERRUPTED = 130
 _LARGEST_SIDE = 4096
 

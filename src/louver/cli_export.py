@@ -28,6 +28,12 @@ def export(
     head: Annotated[
         bool, typer.Option("--head", help="Add a small network that answers on the device while the cloud is away.")
     ] = False,
+    executorch: Annotated[
+        bool, typer.Option("--executorch", help="Also write the edge as an ExecuTorch program, edge.pte.")
+    ] = False,
+    triton: Annotated[
+        Path | None, typer.Option(help="Also add the cloud half to this model repository of Triton.")
+    ] = None,
     min_agreement: Annotated[
         float, typer.Option(help="Share of test images that must be answered as the split answers them.")
     ] = 0.995,
@@ -43,12 +49,14 @@ def export(
     """Write both halves of a run's split as ONNX graphs that device and server run, and audit what will be sent."""
     with lab():
         from louver.exporting import ExportOptions, export_run
+        from louver.triton import write_triton
     set_threads(threads)
     options = ExportOptions(
         # Both are checked there.
         encoding=encoding,  # type: ignore[arg-type]
         edge_weights=edge_weights,  # type: ignore[arg-type]
         has_head=head,
+        has_executorch=executorch,
         calibration_images=calibration_images,
         min_agreement=min_agreement,
         seed=seed,
@@ -58,6 +66,9 @@ def export(
         bundle = export_run(
             run, out, name=name, cut=cut, options=options, has_audit=audited, device=chosen, progress=tell
         )
+    if triton is not None:
+        model = write_triton(bundle, triton)
+        print(f"Triton model: {model}", file=sys.stderr)
     _print_bundle(bundle, as_json=as_json)
 
 

@@ -26,6 +26,7 @@ from louver.deployed import Session, deployed, drawn
 from louver.errors import BundleError, ConfigError, CutError, DataError
 from louver.experiment import Run, audit_run, load_run
 from louver.graphs import Given, given_noise, to_onnx
+from louver.mobile import to_executorch
 from louver.probes.tail import small_tail, train_tail
 from louver.quantizing import Dequantize, Quantize, fit_quantization
 from louver.signing import SIGNATURE
@@ -40,6 +41,7 @@ ORIGIN = "audit"
 """Folder of a bundle that an auditor needs, and neither device nor server: the experiment and the split in torch."""
 
 SCALES = "scales.safetensors"
+PROGRAM = "edge.pte"
 _ROWS_AT_ONCE = 64
 _AGREEMENT = 0.995
 
@@ -49,7 +51,8 @@ class ExportOptions:
     """How a split becomes a bundle.
 
     encoding: how features are sent. edge_weights: "int8" quantizes the edge's convolutions and matrices, too.
-    has_head: also train a small network that answers on the device while the cloud is away. calibration_images: of the
+    has_head: also train a small network that answers on the device while the cloud is away. has_executorch: also write
+    the edge as an ExecuTorch program (edge.pte), for one image at a time. calibration_images: of the
     auxiliary ones, to find scales on. min_agreement: the share of test images whose answers must be those of the split
     in torch (for an embedding: the mean cosine); below it nothing is exported.
 
@@ -60,6 +63,7 @@ class ExportOptions:
     encoding: Encoding = "uint8"
     edge_weights: Literal["float32", "int8"] = "float32"
     has_head: bool = False
+    has_executorch: bool = False
     calibration_images: int = 512
     min_agreement: float = _AGREEMENT
     seed: int = 0
@@ -158,7 +162,11 @@ def _with_findings(bundle: Bundle, found: Audit) -> Bundle:
 def _sealed(folder: Path, name: str, serving: Serving, record: dict[str, Any]) -> Bundle:
     """The bundle with its manifest and card written, and the hashes of all that no graph needs noted."""
     write_card(write_manifest(folder, name, serving, record))
-    paths = [folder / "CARD.md", *sorted(path for path in (folder / ORIGIN).rglob("*") if path.is_file())]
+    paths = [
+        folder / "CARD.md",
+        *folder.glob(PROGRAM),
+        *sorted(path for path in (folder / ORIGIN).rglob("*") if path.is_file()),
+    ]
     kept = {path.relative_to(folder).as_posix(): file_hash(path) for path in paths}
     return write_manifest(folder, name, serving, record | {"kept": kept})
 
@@ -232,6 +240,9 @@ def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOp
         graphs[HEAD] = to_onnx(head, {"feature": sent}, "scores")
     for file, content in graphs.items():
         write_bytes(made / file, content)
+    if options.has_executorch:
+        tell("ExecuTorch program", 0.2)
+        write_bytes(made / PROGRAM, to_executorch(sending, {"image": example, **noise}))
     serving = Serving(
         cut=halves.cut.name,
         image_shape=tuple(roles.test.image_shape),

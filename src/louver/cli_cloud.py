@@ -1,0 +1,237 @@
+"""The commands of the cloud: `louver serve`, and `louver token` for who may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from louver.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from louver.cloud import Addresses, App, Listening
+
+__all__ = ["serve", "token"]
+
+_CLOUD = ("google", "grpc", "httptools", "prometheus_client", "uvicorn", "uvloop")
+_MB = 2**20
+
+token = typer.Typer(name="token", help="Clients that may ask the cloud half: add, list, remove.", no_args_is_help=True)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
+TokenFile = Annotated[Path, typer.Option("--file", help="The file of clients that `louver serve --tokens` reads.")]
+
+
+class Engine(StrEnum):
+    """Where the cloud half runs."""
+
+    local = "local"
+
+
+@contextmanager
+def _cloud() -> Iterator[None]:
+    """Turns the absence of an optional package into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _CLOUD:
+            raise
+        raise MissingExtraError(f"this command needs {error.name}: pip install 'louver[cloud]'") from error
+
+
+def serve(
+    paths: Annotated[list[Path], typer.Argument(help="Bundles, or folders of bundles.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of REST; 0 takes a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=-1, max=65535, help="Port of gRPC; -1 for none.")] = 8001,
+    metrics_port: Annotated[
+        int, typer.Option(min=-1, max=65535, help="Port of the metrics, on 127.0.0.1 always; -1 for none.")
+    ] = 8002,
+    tokens: Annotated[Path | None, typer.Option(help="File of clients; see `louver token`.")] = None,
+    budgets: Annotated[
+        Path | None,
+        typer.Option(help="Where the images that clients have used are kept; beside the tokens by default."),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain in PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key in PEM.")] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(help="Only clients with a certificate signed by one of these (PEM).")
+    ] = None,
+    insecure_public: Annotated[
+        bool, typer.Option("--insecure-public", help="Listen beyond this machine even without TLS or tokens.")
+    ] = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images in one run of the network.")] = 32,
+    max_delay_ms: Annotated[
+        float, typer.Option(min=0, max=10_000, help="How long a batch waits for more; 0 takes what waits.")
+    ] = 0.0,
+    queue: Annotated[int, typer.Option(min=1, help="Most requests that wait, for each model.")] = 256,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 2,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one run; half the cores by default.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Most images in one request.")] = 256,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body as received, MiB.")] = 16.0,
+    max_decoded_mb: Annotated[float, typer.Option(min=0.001, help="Largest body after decompression, MiB.")] = 64.0,
+    max_held_mb: Annotated[float, typer.Option(min=0.001, help="Bodies of all requests at a time, MiB.")] = 512.0,
+    body_s: Annotated[float, typer.Option(min=0.1, help="Seconds that a client may take to send a body.")] = 30.0,
+    answer_s: Annotated[float, typer.Option(min=0.1, help="Seconds that a client may take to read an answer.")] = 30.0,
+    head_s: Annotated[float, typer.Option(min=0.1, help="Seconds that the head of a request may take.")] = 10.0,
+    max_connections: Annotated[int, typer.Option(min=1, help="Most connections of REST at a time.")] = 1024,
+    keep_s: Annotated[
+        float, typer.Option(min=0, help="How long a version is answered after another has taken its place (SIGHUP).")
+    ] = 600.0,
+    drain_s: Annotated[
+        float, typer.Option(min=0, help="After SIGTERM: how long to go on listening while not ready.")
+    ] = 5.0,
+    engine: Annotated[Engine, typer.Option(help="Where it runs.")] = Engine.local,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the cloud halves of bundles, by the Open Inference Protocol over REST and gRPC.
+
+    SIGHUP reads the bundles again and loses no request; SIGTERM finishes what is in flight and exits with 0.
+    """
+    with _cloud():
+        import uvloop
+
+        from louver.cloud import Batching, Limits, Listening, Repository, Settings, create_app
+        from louver.cloud import serve as serve_app
+    assert engine is Engine.local
+    _log_lines()
+    listening = Listening(
+        host=host,
+        port=port,
+        grpc_port=grpc_port if grpc_port >= 0 else None,
+        metrics_port=metrics_port if metrics_port >= 0 else None,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        client_ca=client_ca,
+        is_insecure_public=insecure_public,
+        drain_s=drain_s,
+        connections=max_connections,
+        head_s=head_s,
+    )
+    listening.check(has_tokens=tokens is not None)
+    limits = Limits(
+        body_bytes=int(max_body_mb * _MB),
+        decoded_bytes=int(max_decoded_mb * _MB),
+        held_bytes=int(max_held_mb * _MB),
+        rows=max_rows,
+        body_s=body_s,
+        answer_s=answer_s,
+    )
+    batching = Batching(max_rows=max_batch, max_delay_s=max_delay_ms / 1000, queue=queue, workers=workers)
+    if threads is not None:
+        batching = Batching(**{**vars(batching), "threads": threads})
+    repository = Repository(paths, batching=batching, keep_s=keep_s)
+    app = create_app(repository, Settings(limits=limits, tokens=tokens, budgets=budgets))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve_app(app, listening, started=lambda found: _tell(app, listening, found, as_json=as_json)))
+    repository.close()
+
+
+@token.command("add")
+def token_add(
+    name: Annotated[str, typer.Argument(help="Name of the client, as logs and metrics show it.")],
+    file: TokenFile,
+    images_per_day: Annotated[int | None, typer.Option(min=1, help="Images from midnight to midnight, UTC.")] = None,
+    images_total: Annotated[int | None, typer.Option(min=1, help="Images ever.")] = None,
+    requests_per_s: Annotated[float | None, typer.Option(min=0.001, help="Requests a second, on average.")] = None,
+    burst: Annotated[int | None, typer.Option(min=1, help="Requests at once.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a token for a new client and print it, once: the file holds only its hash."""
+    with _cloud():
+        from louver.cloud.tokens import add_client
+
+    made = add_client(
+        file,
+        name,
+        images_per_day=images_per_day,
+        images_total=images_total,
+        requests_per_s=requests_per_s,
+        burst=burst,
+    )
+    print(json.dumps({"name": name, "token": made}) if as_json else made)
+
+
+@token.command("remove")
+def token_remove(name: Annotated[str, typer.Argument(help="Name of the client.")], file: TokenFile) -> None:
+    """Take a client out of the file: a running server refuses its token within seconds."""
+    with _cloud():
+        from louver.cloud.tokens import remove_client
+
+    remove_client(file, name)
+
+
+@token.command("list")
+def token_list(file: TokenFile, as_json: AsJson = False) -> None:
+    """List the clients in the file, with their limits."""
+    with _cloud():
+        from louver.cloud.tokens import read_clients
+
+    limits = ("requests_per_s", "burst", "images_per_day", "images_total")
+    found = [{"name": one.name, **{key: getattr(one, key) for key in limits}} for one in read_clients(file)]
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table()
+    for heading in ("client", "requests a second", "burst", "images a day", "images ever"):
+        table.add_column(heading, justify="left" if heading == "client" else "right", overflow="fold")
+    for one in found:
+        table.add_row(*("" if value is None else str(value) for value in one.values()))
+    Console().print(table)
+
+
+def _log_lines() -> None:
+    """Lines of JSON on standard error; those of uvicorn only where something is wrong."""
+    from louver.cloud.logs import JsonLines
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("louver.cloud").setLevel(logging.INFO)
+
+
+def _tell(app: App, listening: Listening, found: Addresses, *, as_json: bool) -> None:
+    """Where the server is, what it serves, and what protects it."""
+    service = app.service
+    models = [one.model for one in service.repository.current]
+    if as_json:
+        content = {
+            "rest": found.rest,
+            "grpc": found.grpc,
+            "metrics": found.metrics,
+            "models": [{"name": one.name, "version": one.version} for one in models],
+        }
+        print(json.dumps(content), flush=True)
+        return
+    console = Console(soft_wrap=True)
+    table = Table(show_header=False, box=None)
+    for what, value in (("REST", found.rest), ("gRPC", found.grpc), ("metrics", found.metrics)):
+        table.add_row(what, value or "none")
+    for one in models:
+        shape = "×".join(map(str, one.feature_shape))
+        table.add_row("model", f"{one.name}, version {one.version}: {one.datatype} {shape}")
+    has_tls = listening.tls_cert is not None
+    certificates = ", clients by certificate" if listening.client_ca is not None else ""
+    n_clients = len(service.clients.all) if service.clients is not None else 0
+    table.add_row("TLS", ("yes" if has_tls else "no") + certificates)
+    table.add_row("tokens", f"{n_clients} clients" if service.clients is not None else "none")
+    console.print(table)
+    if service.clients is None:
+        who = "this machine" if listening.is_loopback else "anywhere"
+        console.print(
+            f"warning: whoever reaches this from {who} may ask without limit; --tokens FILE asks who they are",
+            markup=False,
+            highlight=False,
+        )
+    if not listening.is_loopback and not has_tls:
+        console.print("warning: without TLS, features and tokens cross the network in the clear", markup=False)
+    sys.stdout.flush()

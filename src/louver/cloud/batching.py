@@ -1,0 +1,160 @@
+"""Batches out of requests: a queue for each model, and threads that run the network for all of them.
+
+Everything but the run itself happens on the event loop, so there is no lock. A request costs one future and one place
+in a deque.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from louver.cloud.refusals import Refusal
+from louver.cloud.settings import Batching
+
+__all__ = ["Batcher", "Run"]
+
+Run = Callable[[NDArray[Any]], NDArray[np.float32]]
+"""Rows of features in, as many rows of scores out; called in a thread."""
+
+_BUSY_S = 1.0
+_log = logging.getLogger("louver.cloud")
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    feature: NDArray[Any]
+    future: asyncio.Future[NDArray[np.float32]]
+    since: float
+
+
+class Batcher:
+    """Runs what waits for one model, together where that is possible.
+
+    `pool` is shared by all models; `told` is given the rows of each batch. Whoever waits may be cancelled: a request
+    that is not yet running is dropped, and one that is running is computed for nobody.
+    """
+
+    def __init__(
+        self, run: Run, pool: ThreadPoolExecutor, batching: Batching, *, told: Callable[[int], None] | None = None
+    ) -> None:
+        self._network = run
+        self._pool = pool
+        self._batching = batching
+        self._told = told or (lambda rows: None)
+        self._queue: deque[_Waiting] = deque()
+        self._rows = 0
+        self._running = 0
+        self._is_called = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def submit(self, feature: NDArray[Any]) -> asyncio.Future[NDArray[np.float32]]:
+        """A future of the scores of these rows, in the running event loop.
+
+        Raises:
+            Refusal: 503, when as many requests wait as may wait.
+        """
+        if len(self._queue) >= self._batching.queue:
+            self._forget()
+            if len(self._queue) >= self._batching.queue:
+                raise Refusal(503, f"{len(self._queue)} requests wait already", retry_after_s=_BUSY_S)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[NDArray[np.float32]] = loop.create_future()
+        self._queue.append(_Waiting(feature, future, loop.time()))
+        self._rows += len(feature)
+        self._wake(loop)
+        return future
+
+    def _forget(self) -> None:
+        """Drops from the queue what nobody waits for anymore."""
+        self._queue = deque(one for one in self._queue if not one.future.done())
+        self._rows = sum(len(one.feature) for one in self._queue)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Sees to it that what waits is run when it is due and a worker is free."""
+        if self._is_called or not self._queue or self._running >= self._batching.workers:
+            return
+        due = self._queue[0].since + self._batching.max_delay_s
+        if self._rows >= self._batching.max_rows or due <= loop.time():
+            # Not at once: requests that came in the same turn of the loop are then in the same batch.
+            self._is_called = True
+            loop.call_soon(self._dispatch, loop)
+        elif self._timer is None:
+            self._timer = loop.call_at(due, self._on_timer, loop)
+
+    def _on_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        self._wake(loop)
+
+    def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_called = False
+        batch = self._take()
+        if batch:
+            self._start(loop, batch)
+        self._wake(loop)
+
+    def _take(self) -> list[_Waiting]:
+        """The next of the queue, up to the largest batch; one that is larger by itself goes alone."""
+        batch: list[_Waiting] = []
+        rows = 0
+        while self._queue:
+            one = self._queue[0]
+            if one.future.done():
+                pass
+            elif batch and rows + len(one.feature) > self._batching.max_rows:
+                break
+            else:
+                batch.append(one)
+                rows += len(one.feature)
+            self._queue.popleft()
+            self._rows -= len(one.feature)
+        return batch
+
+    def _start(self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting]) -> None:
+        self._running += 1
+        features = [one.feature for one in batch]
+        self._told(sum(map(len, features)))
+        job = self._pool.submit(self._compute, features)
+        job.add_done_callback(lambda done: loop.call_soon_threadsafe(self._deliver, loop, batch, done))
+
+    def _compute(self, features: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        return self._network(features[0] if len(features) == 1 else np.concatenate(features))
+
+    def _deliver(
+        self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting], done: Future[NDArray[np.float32]]
+    ) -> None:
+        self._running -= 1
+        error = done.exception()
+        if error is not None:
+            self._fail(loop, batch, error)
+        else:
+            scores, start = done.result(), 0
+            for one in batch:
+                stop = start + len(one.feature)
+                if not one.future.done():
+                    one.future.set_result(scores[start:stop])
+                start = stop
+        self._wake(loop)
+
+    def _fail(self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting], error: BaseException) -> None:
+        """Of a batch, each request is tried alone: an error reaches only the request that causes it."""
+        if len(batch) == 1:
+            # Its message may hold values of the feature: neither the log nor the client gets it.
+            _log.error("a run failed", extra={"error": type(error).__name__})
+            if not batch[0].future.done():
+                batch[0].future.set_exception(Refusal(500, "the network failed on this request"))
+            return
+        for one in batch:
+            if not one.future.done():
+                self._start(loop, [one])

@@ -1,0 +1,248 @@
+"""The Open Inference Protocol V2 as bytes: a body into a call, scores into a body. No network, no model is run.
+
+The body is JSON, or JSON and then the bytes of the tensor (the binary tensor extension), in which case the header
+`Inference-Header-Content-Length` says where the tensor starts. What is not exactly right is refused: a feature that was
+cut or shifted would be answered with scores of nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from louver.cloud.models import FEATURE, SCORES, Model
+from louver.cloud.refusals import Refusal, shown
+from louver.cloud.settings import Limits
+
+__all__ = [
+    "MOST_ID",
+    "Call",
+    "answer_call",
+    "check_feature",
+    "check_rows",
+    "model_metadata",
+    "read_call",
+    "tensor_bytes",
+]
+
+MOST_ID = 256
+_HARMLESS = ("priority", "timeout")
+"""Parameters that some clients send with each request; the server has no use for them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """A checked request: rows of features, and whether the scores are wanted as bytes."""
+
+    id: str
+    feature: NDArray[Any]
+    is_binary: bool
+
+
+def read_call(body: bytes, header_bytes: int | None, model: Model, limits: Limits) -> Call:
+    """The call in a body, its tensor a view of it. `header_bytes`: length of the JSON; None if that is all.
+
+    Raises:
+        Refusal: 400, or 413 for too long JSON.
+    """
+    content = _json(body, header_bytes, limits)
+    _only(content, "the request", {"id", "inputs", "outputs", "parameters"})
+    call_id = content.get("id", "")
+    if not isinstance(call_id, str) or len(call_id) > MOST_ID:
+        raise Refusal(400, f"expected id to be a string of at most {MOST_ID} signs")
+    asked = _parameters(content, "the request", {"binary_data_output": bool})
+    tensor = _one(content.get("inputs"), "inputs", FEATURE)
+    _only(tensor, "the input", {"name", "shape", "datatype", "parameters", "data"})
+    rows = check_rows(model, tensor.get("datatype"), tensor.get("shape"), limits)
+    size = _parameters(tensor, "the input", {"binary_data_size": int}).get("binary_data_size")
+    if size is None:
+        if header_bytes is not None and header_bytes != len(body):
+            raise Refusal(400, "bytes follow the JSON, and no input has a binary_data_size")
+        feature = _from_json(tensor.get("data"), model, rows)
+    else:
+        if "data" in tensor:
+            raise Refusal(400, "the input has both data and a binary_data_size; send one")
+        start = len(body) if header_bytes is None else header_bytes
+        feature = tensor_bytes(memoryview(body)[start:], model, rows, told=size)
+    check_feature(feature)
+    is_binary = bool(asked.get("binary_data_output", False))
+    if content.get("outputs", []) != []:
+        output = _one(content["outputs"], "outputs", SCORES)
+        _only(output, "the output", {"name", "parameters"})
+        is_binary = bool(_parameters(output, "the output", {"binary_data": bool}).get("binary_data", is_binary))
+    return Call(id=call_id, feature=feature, is_binary=is_binary)
+
+
+def answer_call(model: Model, call: Call, scores: NDArray[np.float32]) -> tuple[int | None, bytes]:
+    """The body with these scores, and the length of its JSON if bytes follow it."""
+    head: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
+    if call.id:
+        head["id"] = call.id
+    output: dict[str, Any] = {"name": SCORES, "datatype": "FP32", "shape": list(scores.shape)}
+    if not call.is_binary:
+        output["data"] = scores.reshape(-1).tolist()
+        return None, _dumps({**head, "outputs": [output]})
+    content = np.ascontiguousarray(scores, "<f4").tobytes()
+    output["parameters"] = {"binary_data_size": len(content)}
+    text = _dumps({**head, "outputs": [output]})
+    return len(text), text + content
+
+
+def model_metadata(model: Model, versions: Sequence[str]) -> dict[str, Any]:
+    """What V2 tells of a model: its versions, and its tensors with -1 for the batch."""
+    return {
+        "name": model.name,
+        "versions": list(versions),
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": FEATURE, "datatype": model.datatype, "shape": [-1, *model.feature_shape]}],
+        "outputs": [{"name": SCORES, "datatype": "FP32", "shape": [-1, *model.output_shape]}],
+    }
+
+
+def check_rows(model: Model, datatype: object, shape: object, limits: Limits) -> int:
+    """How many images a tensor of this type and shape holds.
+
+    Raises:
+        Refusal: 400, another type or shape than the model's, or more images than one request may hold.
+    """
+    if datatype != model.datatype:
+        raise Refusal(400, f"expected datatype {model.datatype}, got {shown(datatype)}")
+    wanted = list(model.feature_shape)
+    if not isinstance(shape, list) or any(type(size) is not int for size in shape) or shape[1:] != wanted:
+        told = ", ".join(map(str, ["n", *wanted]))
+        raise Refusal(400, f"expected shape [{told}], got {shown(shape)}")
+    rows: int = shape[0] if shape else 0
+    if not 1 <= rows <= limits.rows:
+        raise Refusal(400, f"expected 1 to {limits.rows} images in a request, got {shown(rows)}")
+    return rows
+
+
+def tensor_bytes(content: memoryview | bytes, model: Model, rows: int, *, told: int | None = None) -> NDArray[Any]:
+    """The tensor whose bytes these are, not one more or less.
+
+    Raises:
+        Refusal: 400, another number of bytes.
+    """
+    wanted = rows * model.feature_bytes
+    if told is not None and told != wanted:
+        raise Refusal(400, f"expected binary_data_size {wanted} for this shape, got {shown(told)}")
+    if len(content) != wanted:
+        raise Refusal(400, f"expected {wanted} bytes of tensor for this shape, got {len(content)}")
+    feature = np.frombuffer(content, model.dtype).reshape(rows, *model.feature_shape)
+    return feature if feature.flags.aligned else feature.copy()
+
+
+def check_feature(feature: NDArray[Any]) -> None:
+    """Refuses NaN and infinity: scores of them mean nothing, and they would spread to what else is in the batch.
+
+    Raises:
+        Refusal: 400.
+    """
+    if feature.dtype.kind == "f" and not np.isfinite(feature).all():
+        raise Refusal(400, "the feature holds NaN or infinity")
+
+
+def _json(body: bytes, header_bytes: int | None, limits: Limits) -> dict[str, Any]:
+    if header_bytes is None:
+        text, most, what = body, limits.json_bytes, "a tensor as JSON; send it as bytes"
+    else:
+        if not 0 < header_bytes <= len(body):
+            raise Refusal(400, f"Inference-Header-Content-Length is not within the body of {len(body)} bytes")
+        text, most, what = body[:header_bytes], limits.header_bytes, "the JSON before a tensor"
+    if len(text) > most:
+        raise Refusal(413, f"expected at most {most} bytes of JSON, got {len(text)}: the limit for {what}")
+    try:
+        # Decoded first: json would guess UTF-16 and UTF-32 too. Its own recursion limit bounds the depth.
+        found = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise Refusal(400, "the JSON is not UTF-8") from error
+    except RecursionError as error:
+        raise Refusal(400, "the JSON is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise Refusal(400, f"the JSON does not parse: {error.msg} at sign {error.pos}") from error
+    except ValueError as error:
+        raise Refusal(400, "the JSON holds a number that is too long") from error
+    if not isinstance(found, dict):
+        raise Refusal(400, "expected the JSON to be an object")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise Refusal(400, "a key stands twice in one object of the JSON")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise Refusal(400, f"{name} is no JSON")
+
+
+def _only(content: Mapping[str, Any], what: str, known: set[str]) -> None:
+    if not content.keys() <= known:
+        unknown = min(content.keys() - known)
+        raise Refusal(400, f"{what} has an unknown key {shown(unknown)}; known: {', '.join(sorted(known))}")
+
+
+def _one(tensors: object, what: str, name: str) -> dict[str, Any]:
+    """The only tensor of a list, which must have this name."""
+    if not isinstance(tensors, list) or not all(isinstance(one, dict) for one in tensors):
+        raise Refusal(400, f"expected {what} to be a list of objects")
+    if len(tensors) != 1 or tensors[0].get("name") != name:
+        names = shown([one.get("name") for one in tensors[:3]])
+        raise Refusal(400, f"expected {what} to hold {name} and nothing else, got {names}")
+    found: dict[str, Any] = tensors[0]
+    return found
+
+
+def _parameters(content: Mapping[str, Any], what: str, known: Mapping[str, type]) -> dict[str, Any]:
+    found = content.get("parameters", {})
+    if not isinstance(found, dict):
+        raise Refusal(400, f"expected the parameters of {what} to be an object")
+    for key, value in found.items():
+        if key in _HARMLESS:
+            continue
+        if key not in known:
+            raise Refusal(400, f"{what} has a parameter {shown(key)} that this server does not support")
+        if type(value) is not known[key]:
+            raise Refusal(400, f"expected parameter {key} of {what} to be {known[key].__name__}")
+    return found
+
+
+def _from_json(data: object, model: Model, rows: int) -> NDArray[Any]:
+    """A tensor written as numbers, flat or nested by its shape."""
+    shape = (rows, *model.feature_shape)
+    count = int(np.prod(shape, dtype=np.int64))
+    for depth in range(1, len(shape)):
+        if not isinstance(data, list) or not data or not isinstance(data[0], list):
+            break
+        is_level = len(data) == int(np.prod(shape[:depth]))
+        if not is_level or any(not isinstance(one, list) or len(one) != shape[depth] for one in data):
+            raise Refusal(400, f"the nesting of data is not that of its shape {list(shape)}")
+        data = list(chain.from_iterable(data))
+    if not isinstance(data, list) or len(data) != count:
+        raise Refusal(
+            400, f"expected {count} numbers in data, flat or nested by the shape {list(shape)}, or a binary_data_size"
+        )
+    kinds = set(map(type, data))
+    if model.datatype == "UINT8":
+        if kinds != {int} or not (min(data) >= 0 and max(data) <= 255):
+            raise Refusal(400, "expected data of UINT8 to be whole numbers from 0 to 255")
+        return np.frombuffer(bytes(data), np.uint8).reshape(shape)
+    if not kinds <= {int, float}:
+        raise Refusal(400, "expected data of FP32 to be numbers")
+    try:
+        with np.errstate(over="ignore"):
+            return np.array(data, np.float64).astype("<f4").reshape(shape)
+    except OverflowError as error:
+        raise Refusal(400, "the feature holds a number past FP32") from error
+
+
+def _dumps(content: object) -> bytes:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,194 @@
+"""The models that are served, by name and version, read from folders and read again while requests are answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from louver.bundle import MANIFEST
+from louver.cloud.batching import Batcher
+from louver.cloud.models import Model, load_model
+from louver.cloud.refusals import Refusal, shown
+from louver.cloud.settings import Batching
+from louver.errors import BundleError, ConfigError
+
+__all__ = ["Repository", "Served"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Served:
+    """A model with its queue."""
+
+    model: Model
+    batcher: Batcher
+    told: list[Callable[[int], None]] = field(default_factory=list)
+    """Called with the rows of each batch, in the event loop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What is served at one moment; replaced as a whole, so that no request sees half a change."""
+
+    folders: Mapping[Path, Served]
+    leaving: Mapping[str, tuple[Served, float]] = field(default_factory=dict)
+    """By version: replaced, and served until this moment of the monotonic clock."""
+
+    def versions(self, name: str) -> dict[str, Served]:
+        return {one.model.version: one for one in self.folders.values() if one.model.name == name}
+
+
+class Repository:
+    """The bundles in `paths`, each a bundle or a folder of bundles.
+
+    keep_s: how long a version that was replaced is still answered, so that devices with its edge half have time to
+    follow. What is in flight is finished in any case.
+
+    Raises:
+        BundleError: a path holds no bundle, or a bundle is not as it was exported.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path | str],
+        *,
+        batching: Batching | None = None,
+        keep_s: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not paths:
+            raise ConfigError("expected at least one bundle to serve, got none; make one with `louver export`")
+        if not 0 <= keep_s < float("inf"):
+            raise ConfigError(f"keep_s: expected seconds of at least 0, got {keep_s!r}")
+        self.batching = batching or Batching()
+        self._paths = [Path(path) for path in paths]
+        self._keep_s = keep_s
+        self._clock = clock
+        self._pool = ThreadPoolExecutor(self.batching.workers, thread_name_prefix="louver-run")
+        try:
+            self._state = _State(folders=self._read({}, failures=None))
+        except BundleError:
+            self._pool.shutdown()
+            raise
+
+    def close(self) -> None:
+        """Ends the threads, once what runs is done."""
+        self._pool.shutdown()
+
+    @property
+    def current(self) -> list[Served]:
+        """What is served and not about to leave, by name and version."""
+        unique = {one.model.version: one for one in self._state.folders.values()}
+        return sorted(unique.values(), key=lambda one: (one.model.name, one.model.version))
+
+    @property
+    def leaving(self) -> list[Served]:
+        """Replaced versions that are still answered."""
+        return [one for one, until in self._state.leaving.values() if self._clock() < until]
+
+    def find(self, name: str, version: str | None) -> Served:
+        """The model of that name and version; without a version, the only one.
+
+        Raises:
+            Refusal: 404 for what is not served, 400 for a name that stands for several.
+        """
+        state = self._state
+        versions = state.versions(name)
+        if version:
+            if version in versions:
+                return versions[version]
+            if version in state.leaving:
+                one, until = state.leaving[version]
+                if one.model.name == name and self._clock() < until:
+                    return one
+        elif len(versions) == 1:
+            return next(iter(versions.values()))
+        known = ", ".join(sorted(versions))
+        if not versions:
+            names = ", ".join(sorted({one.model.name for one in state.folders.values()}))
+            raise Refusal(404, f"no model {shown(name)} is served here; served: {names}")
+        if not version:
+            raise Refusal(400, f"model {name} is served in several versions, name one of {known}")
+        raise Refusal(
+            404, f"model {name} has no version {shown(version)} here; served: {known}; update the half on the device"
+        )
+
+    def reload(self) -> list[str]:
+        """Reads the paths again, and says what could not be loaded; where a bundle fails, what was there stays.
+
+        Takes as long as loading takes, and may be called from a thread, one call at a time.
+        """
+        before = self._state
+        failures: list[str] = []
+        folders = self._read(before.folders, failures=failures)
+        now = self._clock()
+        stays = {one.model.version for one in folders.values()}
+        leaving = {
+            version: (one, until)
+            for version, (one, until) in before.leaving.items()
+            if version not in stays and now < until
+        }
+        for one in before.folders.values():
+            if one.model.version not in stays:
+                leaving[one.model.version] = (one, now + self._keep_s)
+        self._state = _State(folders=folders, leaving=leaving)
+        return failures
+
+    def sweep(self) -> None:
+        """Lets go of versions whose time is over, and of their memory once nothing is in flight."""
+        state, now = self._state, self._clock()
+        if any(until <= now for _, until in state.leaving.values()):
+            leaving = {version: pair for version, pair in state.leaving.items() if now < pair[1]}
+            self._state = _State(folders=state.folders, leaving=leaving)
+
+    def _read(self, before: Mapping[Path, Served], *, failures: list[str] | None) -> dict[Path, Served]:
+        """Folder -> model. With a list for failures, each goes there and `before` fills its place."""
+        known = {one.model.version: one for one in before.values()}
+        found: dict[Path, Served] = {}
+        for path in self._paths:
+            try:
+                folders = _bundles_in(path)
+            except BundleError as error:
+                if failures is None:
+                    raise
+                failures.append(str(error))
+                found |= {folder: one for folder, one in before.items() if folder == path or folder.parent == path}
+                continue
+            for folder in folders:
+                try:
+                    model = load_model(folder, threads=self.batching.threads)
+                except BundleError as error:
+                    if failures is None:
+                        raise
+                    failures.append(str(error))
+                    if folder in before:
+                        found[folder] = before[folder]
+                    continue
+                # The very same content is served once, and goes on with the session and the queue that it has.
+                found[folder] = known.setdefault(model.version, self._served(model))
+        return found
+
+    def _served(self, model: Model) -> Served:
+        told: list[Callable[[int], None]] = []
+
+        def tell(rows: int) -> None:
+            for one in told:
+                one(rows)
+
+        return Served(model=model, batcher=Batcher(model.run, self._pool, self.batching, told=tell), told=told)
+
+
+def _bundles_in(path: Path) -> list[Path]:
+    try:
+        if (path / MANIFEST).is_file():
+            return [path]
+        folders = sorted(folder for folder in path.iterdir() if (folder / MANIFEST).is_file())
+    except OSError as error:
+        raise BundleError(f"expected a bundle or a folder of bundles in {path}, got {error.strerror}") from error
+    if not folders:
+        raise BundleError(
+            f"expected a bundle or a folder of bundles in {path}, got neither; make one with `louver export`"
+        )
+    return folders

@@ -1,0 +1,242 @@
+"""The same server over gRPC: `inference.GRPCInferenceService`, registered by path.
+
+Messages are parsed here and not by the library, so that one which does not parse is the client's mistake and not ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version as version_of
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from louver.cloud import inference_pb2 as messages
+from louver.cloud.app import EXTENSIONS
+from louver.cloud.models import FEATURE, SCORES, Model
+from louver.cloud.protocol import MOST_ID, Call, check_feature, check_rows, model_metadata, tensor_bytes
+from louver.cloud.refusals import Refusal, shown
+from louver.cloud.service import GONE, Request, Service
+from louver.cloud.settings import Limits
+from louver.errors import ConfigError
+
+__all__ = ["Tls", "create_rpc_server"]
+
+_SERVICE = "inference.GRPCInferenceService"
+_STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+_SPARE_BYTES = 2**16
+
+Context = Any  # grpc.aio.ServicerContext, which has no types
+Handler = Callable[[Service, bytes, Context], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """The server's certificate and key, and who signs the clients' certificates if they need one; all in PEM."""
+
+    certificate: bytes
+    key: bytes
+    client_ca: bytes | None = None
+
+
+def create_rpc_server(service: Service, address: str, tls: Tls | None) -> tuple[Any, int]:
+    """A gRPC server on `address`, not yet started, and its port. It must be made in the event loop of its service.
+
+    Raises:
+        ConfigError: the address is taken, or a certificate cannot be used.
+    """
+    limits = service.settings.limits
+    options = [
+        # The library checks the size of what it has decompressed as well.
+        ("grpc.max_receive_message_length", limits.body_bytes + _SPARE_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),  # two servers on one port would share its requests without a word
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
+    server = grpc.aio.server(options=options)
+    handlers = {name: _unary(service, handler) for name, handler in _HANDLERS.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
+    try:
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            credentials = grpc.ssl_server_credentials(
+                [(tls.key, tls.certificate)], tls.client_ca, tls.client_ca is not None
+            )
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {address} for gRPC: the port is taken, or certificate and key do not fit"
+        ) from error
+    return server, port
+
+
+def _unary(service: Service, handler: Handler) -> Any:  # noqa: ANN401 - grpc has no types
+    async def handle(content: bytes, context: Context) -> bytes:
+        try:
+            return await handler(service, content, context)
+        except Refusal as refusal:
+            trailers = []
+            if refusal.retry_after_s is not None:
+                trailers.append(("grpc-retry-pushback-ms", str(int(1000 * refusal.retry_after_s))))
+            status = _STATUS.get(refusal.status, grpc.StatusCode.INTERNAL)
+            await context.abort(status, refusal.reason, tuple(trailers))
+            raise
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _parsed(kind: Any, content: bytes) -> Any:  # noqa: ANN401 - generated
+    try:
+        return kind.FromString(content)
+    except DecodeError as error:
+        raise Refusal(400, f"the message is no {kind.DESCRIPTOR.name}") from error
+
+
+def _authorization(context: Context) -> bytes | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization":
+            return value if isinstance(value, bytes) else value.encode("utf-8", "replace")
+    return None
+
+
+async def _live(service: Service, content: bytes, context: Context) -> bytes:
+    return _dump(messages.ServerLiveResponse(live=True))
+
+
+async def _ready(service: Service, content: bytes, context: Context) -> bytes:
+    return _dump(messages.ServerReadyResponse(ready=service.is_ready))
+
+
+async def _model_ready(service: Service, content: bytes, context: Context) -> bytes:
+    asked = _parsed(messages.ModelReadyRequest, content)
+    try:
+        service.repository.find(asked.name, asked.version)
+    except Refusal:
+        return _dump(messages.ModelReadyResponse(ready=False))
+    return _dump(messages.ModelReadyResponse(ready=service.is_ready))
+
+
+async def _server(service: Service, content: bytes, context: Context) -> bytes:
+    service.identify(_authorization(context))
+    found = messages.ServerMetadataResponse(name="louver", version=version_of("louver"), extensions=EXTENSIONS)
+    return _dump(found)
+
+
+async def _model(service: Service, content: bytes, context: Context) -> bytes:
+    service.identify(_authorization(context))
+    asked = _parsed(messages.ModelMetadataRequest, content)
+    served = service.repository.find(asked.name, asked.version)
+    versions = [one.model.version for one in service.repository.current if one.model.name == asked.name]
+    return _dump(messages.ModelMetadataResponse(**model_metadata(served.model, versions)))
+
+
+async def _infer(service: Service, content: bytes, context: Context) -> bytes:
+    request = Request("grpc", n_bytes=len(content))
+    try:
+        service.hold(request, 2 * len(content))  # the message, and what is parsed of it
+        service.admit(request, _authorization(context))
+        asked = _parsed(messages.ModelInferRequest, content)
+        request.served = served = service.repository.find(asked.model_name, asked.model_version)
+        call = _read_call(asked, served.model, service.settings.limits)
+        scores = service.checked(await (await service.submit(request, call, content)))
+        return _answer(served.model, call, scores)
+    except Refusal as refusal:
+        request.status = refusal.status
+        raise
+    except asyncio.CancelledError:
+        request.status = GONE
+        raise
+    finally:
+        service.held_bytes -= request.held_bytes
+        service.ended(request)
+
+
+def _read_call(asked: Any, model: Model, limits: Limits) -> Call:  # noqa: ANN401 - generated
+    """The call in a message, judged as `protocol.read_call` judges a body."""
+    if len(asked.id) > MOST_ID:
+        raise Refusal(400, f"expected id to be a string of at most {MOST_ID} signs")
+    if len(asked.inputs) != 1 or asked.inputs[0].name != FEATURE:
+        names = shown([one.name for one in asked.inputs[:3]])
+        raise Refusal(400, f"expected inputs to hold {FEATURE} and nothing else, got {names}")
+    if len(asked.outputs) > 1 or any(one.name != SCORES for one in asked.outputs):
+        names = shown([one.name for one in asked.outputs[:3]])
+        raise Refusal(400, f"expected outputs to hold {SCORES} and nothing else, got {names}")
+    tensor = asked.inputs[0]
+    for what, parameters in (
+        ("the request", asked.parameters),
+        ("the input", tensor.parameters),
+        *(("the output", one.parameters) for one in asked.outputs),
+    ):
+        _check_parameters(what, parameters)
+    rows = check_rows(model, tensor.datatype, list(tensor.shape), limits)
+    filled = [field.name for field, _ in tensor.contents.ListFields()]
+    if asked.raw_input_contents:
+        if filled or len(asked.raw_input_contents) != 1:
+            raise Refusal(400, "expected one tensor, in raw_input_contents or in the contents of the input")
+        feature = tensor_bytes(asked.raw_input_contents[0], model, rows)
+    else:
+        feature = _typed(tensor.contents, filled, model, rows)
+    check_feature(feature)
+    return Call(id=asked.id, feature=feature, is_binary=bool(asked.raw_input_contents))
+
+
+def _check_parameters(what: str, parameters: Mapping[str, Any]) -> None:
+    for key in parameters:
+        if key not in ("binary_data", "binary_data_output", "priority", "timeout"):
+            raise Refusal(400, f"{what} has a parameter {shown(key)} that this server does not support")
+
+
+def _typed(contents: Any, filled: list[str], model: Model, rows: int) -> NDArray[Any]:  # noqa: ANN401 - generated
+    """A tensor whose numbers are fields of the message."""
+    field = "uint_contents" if model.datatype == "UINT8" else "fp32_contents"
+    if filled != [field]:
+        raise Refusal(400, f"expected {model.datatype} in raw_input_contents or {field}, got {shown(filled)}")
+    values = getattr(contents, field)
+    shape = (rows, *model.feature_shape)
+    if len(values) != int(np.prod(shape, dtype=np.int64)):
+        raise Refusal(400, f"expected as many numbers as the shape {list(shape)} holds, got {len(values)}")
+    found = np.array(values, np.uint32 if model.datatype == "UINT8" else np.float32)
+    if model.datatype == "UINT8" and found.max() > 255:
+        raise Refusal(400, "expected uint_contents of UINT8 to be from 0 to 255")
+    return found.astype(model.dtype).reshape(shape)
+
+
+def _answer(model: Model, call: Call, scores: NDArray[np.float32]) -> bytes:
+    output = messages.ModelInferResponse.InferOutputTensor(name=SCORES, datatype="FP32", shape=scores.shape)
+    found = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=call.id)
+    if call.is_binary:
+        found.raw_output_contents.append(np.ascontiguousarray(scores, "<f4").tobytes())
+    else:
+        output.contents.fp32_contents.extend(scores.reshape(-1).tolist())
+    found.outputs.append(output)
+    return _dump(found)
+
+
+def _dump(message: Any) -> bytes:  # noqa: ANN401 - generated
+    content: bytes = message.SerializeToString()
+    return content
+
+
+_HANDLERS: dict[str, Handler] = {
+    "ServerLive": _live,
+    "ServerReady": _ready,
+    "ModelReady": _model_ready,
+    "ServerMetadata": _server,
+    "ModelMetadata": _model,
+    "ModelInfer": _infer,
+}

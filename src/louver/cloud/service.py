@@ -1,0 +1,164 @@
+"""What REST and gRPC have in common: who asks, within which limits; then scores, a count and a line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from louver.cloud.budgets import Budgets
+from louver.cloud.clients import ANYONE, Clients
+from louver.cloud.metrics import Metrics
+from louver.cloud.protocol import Call
+from louver.cloud.refusals import Refusal
+from louver.cloud.repository import Repository, Served
+from louver.cloud.settings import Settings
+from louver.cloud.tokens import Client
+from louver.errors import StorageError
+
+__all__ = ["GONE", "Request", "Service"]
+
+_log = logging.getLogger("louver.cloud")
+GONE = 499
+"""The status in log and metrics of a request whose client left before it was answered; nobody receives it."""
+
+
+@dataclass(slots=True)
+class Request:
+    """What becomes known of one request for scores while it is handled; all that a log line may hold."""
+
+    protocol: str
+    client: Client | None = None
+    served: Served | None = None
+    rows: int = 0
+    n_bytes: int = 0
+    held_bytes: int = 0
+    status: int = 200
+    since: float = field(default_factory=time.perf_counter)
+
+
+class Service:
+    """The parts of one server, and the way of a request through them. It belongs to one event loop.
+
+    Raises:
+        ConfigError: the file of tokens is not as it must be.
+        StorageError: the budgets are damaged, or another server holds them.
+    """
+
+    def __init__(self, repository: Repository, settings: Settings) -> None:
+        self.repository = repository
+        self.settings = settings
+        self.metrics = Metrics()
+        self.clients = Clients(settings.tokens) if settings.tokens is not None else None
+        path = settings.budgets_path
+        self.budgets = Budgets(path, retry_window_s=settings.retry_window_s) if path is not None else None
+        self.is_draining = False
+        self.held_bytes = 0
+
+    def close(self) -> None:
+        """Writes down the budgets. To be called when no request is handled anymore."""
+        if self.budgets is not None:
+            self.budgets.close()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new clients should come here."""
+        return not self.is_draining
+
+    def metrics_text(self) -> bytes:
+        """The metrics at this moment, in Prometheus's format."""
+        return self.metrics.text(self.repository, self.clients, self.budgets, self.held_bytes)
+
+    def identify(self, authorization: bytes | None) -> Client:
+        """Who asks.
+
+        Raises:
+            Refusal: 401.
+        """
+        return self.clients.identify(authorization) if self.clients is not None else ANYONE
+
+    def admit(self, request: Request, authorization: bytes | None) -> None:
+        """Who asks, and whether now: all that can be refused before anything else is read.
+
+        Raises:
+            Refusal: 401, 429.
+        """
+        request.client = self.identify(authorization)
+        if self.clients is not None:
+            self.clients.admit(request.client)
+
+    def hold(self, request: Request, n_bytes: int) -> None:
+        """Counts bytes that are in memory for a request; whoever handles it takes them off at its end.
+
+        Raises:
+            Refusal: 503, when all requests together would hold more than they may.
+        """
+        if self.held_bytes + n_bytes > self.settings.limits.held_bytes:
+            raise Refusal(503, "too many large requests at once", retry_after_s=1.0)
+        self.held_bytes += n_bytes
+        request.held_bytes += n_bytes
+
+    async def submit(self, request: Request, call: Call, content: bytes) -> asyncio.Future[NDArray[np.float32]]:
+        """A future of the scores; cancelled, it is dropped. `content`: the body as it came, to know a repetition by.
+
+        Raises:
+            Refusal: 403 the budget is spent, 503 too many wait. The future: 500 the network failed.
+        """
+        assert request.served is not None
+        assert request.client is not None
+        request.rows = len(call.feature)
+        self.metrics.watch(request.served)
+        if self.budgets is None or not request.client.has_budget:
+            return request.served.batcher.submit(call.feature)
+        try:
+            put_back = await self.budgets.charge(request.client, request.rows, call.id, content)
+        except StorageError as error:
+            _log.error("budgets not written", extra={"reason": str(error)})
+            raise Refusal(503, "the server cannot write down budgets", retry_after_s=5.0) from error
+        try:
+            return request.served.batcher.submit(call.feature)
+        except Refusal:
+            put_back()
+            raise
+
+    def checked(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The scores, if they are numbers.
+
+        Raises:
+            Refusal: 400.
+        """
+        if not np.isfinite(scores).all():
+            raise Refusal(400, "the scores are not finite; send the feature as the half on the device makes it")
+        return scores
+
+    def ended(self, request: Request) -> None:
+        """Counts a request and writes its line."""
+        seconds = time.perf_counter() - request.since
+        self.metrics.count(
+            request.served,
+            request.protocol,
+            request.status,
+            seconds=seconds,
+            rows=request.rows,
+            n_bytes=request.n_bytes,
+        )
+        if request.status == 403 and request.client is not None:
+            self.metrics.count_spent(request.client.name)
+        if _log.isEnabledFor(logging.INFO):
+            model = request.served.model if request.served is not None else None
+            _log.info(
+                "infer",
+                extra={
+                    "protocol": request.protocol,
+                    "client": request.client.name if request.client else None,
+                    "model": model.name if model else None,
+                    "version": model.version if model else None,
+                    "rows": request.rows,
+                    "status": request.status,
+                    "ms": round(1000 * seconds, 3),
+                },
+            )

@@ -1,0 +1,197 @@
+"""The batcher alone, with networks that are functions."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from louver.cloud.batching import Batcher
+from louver.cloud.refusals import Refusal
+from louver.cloud.settings import Batching
+from louver.errors import ConfigError
+
+
+def rows(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)[:, None]
+
+
+def double(feature: np.ndarray) -> np.ndarray:
+    return 2 * feature
+
+
+class Gate:
+    """A network that waits until it is let go, and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.batches: list[list[float]] = []
+
+    def __call__(self, feature: np.ndarray) -> np.ndarray:
+        self.batches.append(feature[:, 0].tolist())
+        assert self.open.wait(10)
+        return 2 * feature
+
+
+def run(work, network=double, **options):
+    """Runs `await work(batcher)` with a batcher over `network`."""
+    batching = Batching(**{"workers": 1, "threads": 1, **options})
+
+    async def main():
+        with ThreadPoolExecutor(batching.workers) as pool:
+            return await asyncio.wait_for(work(Batcher(network, pool, batching)), 10)
+
+    return asyncio.run(main())
+
+
+def test_each_gets_its_own_rows():
+    async def work(batcher):
+        return await asyncio.gather(*(batcher.submit(rows(*range(i, 2 * i + 1))) for i in range(1, 20)))
+
+    for i, found in enumerate(run(work, max_rows=7), 1):
+        assert found[:, 0].tolist() == [2 * value for value in range(i, 2 * i + 1)]
+
+
+def test_what_waits_goes_together_up_to_the_largest_batch():
+    gate = Gate()
+
+    async def work(batcher):
+        first = batcher.submit(rows(1))
+        await asyncio.sleep(0.02)  # the only worker has it
+        rest = [batcher.submit(rows(*[value] * size)) for value, size in ((2, 2), (3, 1), (4, 2), (5, 9), (6, 1))]
+        gate.open.set()
+        await asyncio.gather(first, *rest)
+
+    run(work, gate, max_rows=4)
+    # Five rows would be too many; nine by themselves are one request, and are not split.
+    assert gate.batches == [[1], [2, 2, 3], [4, 4], [5] * 9, [6]]
+
+
+def test_requests_of_the_same_moment_are_one_batch():
+    seen = []
+
+    async def work(batcher):
+        await asyncio.gather(*(batcher.submit(rows(value)) for value in range(5)))
+
+    run(work, lambda feature: seen.append(len(feature)) or feature)
+    assert seen == [5]
+
+
+def test_a_delay_waits_for_more_and_ends():
+    seen = []
+
+    async def work(batcher):
+        started = time.monotonic()
+        futures = []
+        for value in range(3):
+            futures.append(batcher.submit(rows(value)))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*futures)
+        waited = time.monotonic() - started
+        await asyncio.gather(*(batcher.submit(rows(value)) for value in range(8)))  # full: no reason to wait
+        return waited, time.monotonic() - started - waited
+
+    waited, full = run(work, lambda feature: seen.append(len(feature)) or feature, max_delay_s=0.3, max_rows=8)
+    assert seen == [3, 8]
+    assert 0.29 < waited < 2
+    assert full < 0.25
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again():
+    gate = Gate()
+
+    async def work(batcher):
+        futures = [batcher.submit(rows(0))]
+        await asyncio.sleep(0.02)
+        futures += [batcher.submit(rows(value)) for value in (1, 2, 3)]
+        with pytest.raises(Refusal) as refused:
+            batcher.submit(rows(4))
+        futures[2].cancel()
+        futures.append(batcher.submit(rows(5)))  # who has left makes room
+        gate.open.set()
+        found = await asyncio.gather(*futures, return_exceptions=True)
+        return refused.value, found
+
+    refused, found = run(work, gate, queue=3)
+    assert refused.status == 503
+    assert refused.retry_after_s > 0
+    assert isinstance(found[2], asyncio.CancelledError)
+    assert gate.batches == [[0], [1, 3, 5]]
+
+
+def test_who_has_left_is_not_computed():
+    gate = Gate()
+
+    async def work(batcher):
+        first = batcher.submit(rows(1))
+        await asyncio.sleep(0.02)
+        gone = [batcher.submit(rows(value)) for value in (2, 3)]
+        last = batcher.submit(rows(4))
+        for one in gone:
+            one.cancel()
+        first.cancel()  # is running: computed for nobody
+        gate.open.set()
+        return (await last)[0, 0]
+
+    assert run(work, gate) == 8
+    assert gate.batches == [[1], [4]]
+
+
+def test_an_error_reaches_only_its_own_request():
+    def network(feature):
+        if (feature == 13).any():
+            raise RuntimeError("13")
+        return 2 * feature
+
+    async def work(batcher):
+        first = await asyncio.gather(
+            *(batcher.submit(rows(value)) for value in (11, 12, 13, 14)), return_exceptions=True
+        )
+        return first, await batcher.submit(rows(15))
+
+    first, after = run(work, network)
+    assert [one[0, 0] for one in (first[0], first[1], first[3])] == [22, 24, 28]
+    assert isinstance(first[2], Refusal)
+    assert first[2].status == 500
+    assert "13" not in first[2].reason
+    assert after[0, 0] == 30
+
+
+def test_workers_run_side_by_side():
+    both = threading.Barrier(2, timeout=10)
+
+    def network(feature):
+        both.wait()
+        return feature
+
+    async def work(batcher):
+        await asyncio.gather(*(batcher.submit(rows(value)) for value in (1, 2)))
+
+    run(work, network, workers=2, max_rows=1)
+
+
+def test_a_call_costs_little():
+    """Some microseconds beside the thread; a hundred would be a defect."""
+
+    async def work(batcher):
+        best = 1.0
+        for _ in range(5):
+            started = time.process_time()
+            for _ in range(20):
+                await asyncio.gather(*(batcher.submit(rows(1)) for _ in range(100)))
+            best = min(best, (time.process_time() - started) / 2000)
+        return best
+
+    assert run(work, max_rows=100) < 100e-6
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_rows": 0}, {"queue": 0}, {"workers": 0}, {"threads": 0}, {"max_delay_s": -1}, {"max_delay_s": 99}]
+)
+def test_settings_that_cannot_be_are_refused(options):
+    with pytest.raises(ConfigError, match="expected at least"):
+        Batching(**options)
