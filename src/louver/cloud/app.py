@@ -252,19 +252,19 @@ async def _read_body(exchange: _Exchange, request: Request) -> bytes:
     chunks: list[bytes] = []
     try:
         async with asyncio.timeout(limits.body_s):
-            while True:
+            more = True
+            while more:
                 message = await exchange.receive()
                 if message["type"] == "http.disconnect":
                     raise _Gone
-                chunk = message.get("body", b"")
-                if chunk:
+                more = message.get("more_body", False)
+                if chunk := message.get("body", b""):
                     request.n_bytes += len(chunk)
                     if request.n_bytes > limits.body_bytes:
                         raise _too_large(limits.body_bytes)
                     service.hold(request, len(chunk))
                     chunks.append(chunk)
-                if not message.get("more_body", False):
-                    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
     except TimeoutError as error:
         raise Refusal(408, f"the body took more than {limits.body_s:g} s") from error
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 __all__ = ["JsonLines"]
 
+_ENCODER = json.JSONEncoder(default=str)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -30,4 +31,4 @@ class JsonLines(logging.Formatter):
                 trace = trace.tb_next
             if trace is not None:
                 found["at"] = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-        return json.dumps(found, default=str)
+        return _ENCODER.encode(found)

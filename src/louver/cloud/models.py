@@ -46,16 +46,10 @@ class Model:
     output_shape: tuple[int, ...]
     labels: tuple[str, ...]
     run: Callable[[NDArray[Any]], NDArray[np.float32]]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the feature, as numpy names it; little-endian, as on the wire."""
-        return _TYPES[self.datatype][1]
-
-    @property
-    def feature_bytes(self) -> int:
-        """Bytes of one image's feature."""
-        return int(np.prod(self.feature_shape, dtype=np.int64)) * self.dtype.itemsize
+    dtype: np.dtype[Any]
+    """Of the feature, as numpy names it; little-endian, as on the wire."""
+    feature_bytes: int
+    """Bytes of one image's feature."""
 
 
 def load_model(folder: Path, *, threads: int) -> Model:
@@ -100,6 +94,8 @@ def load_model(folder: Path, *, threads: int) -> Model:
         output_shape=serving.output_shape,
         labels=serving.labels,
         run=run,
+        dtype=_TYPES[serving.wire_dtype][1],
+        feature_bytes=serving.feature_bytes,
     )
 
 

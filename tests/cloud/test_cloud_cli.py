@@ -1,0 +1,224 @@
+"""`louver serve` and `louver token` as a user meets them, and what `docs/serving.md` says of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from bundles import toy_bundle
+from louver.cli import app, main
+from louver.cloud import Batching, Limits, Listening
+from louver.cloud.metrics import Metrics
+from louver.errors import ConfigError
+from servers import asking, features, infer_path, running
+
+DOCUMENT = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs `louver` with some words; gives exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def louver(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["louver", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        return ended.value.code, told.out, told.err
+
+    return louver
+
+
+def test_tokens_are_added_listed_and_removed(run):
+    code, token, _ = run("token", "add", "a", "--file", "t.json", "--images-per-day", "7")
+    assert code == 0
+    assert len(token.strip()) >= 43
+    code, told, _ = run("token", "add", "b", "--file", "t.json", "--json")
+    assert json.loads(told)["name"] == "b"
+    code, told, _ = run("token", "list", "--file", "t.json", "--json")
+    assert [(one["name"], one["images_per_day"]) for one in json.loads(told)] == [("a", 7), ("b", None)]
+    code, told, _ = run("token", "list", "--file", "t.json")
+    assert "a" in told
+    assert token.strip() not in told
+    assert run("token", "remove", "a", "--file", "t.json")[0] == 0
+    code, _, error = run("token", "remove", "a", "--file", "t.json")
+    assert (code, "no client a; known: b" in error) == (2, True)
+
+
+def test_what_cannot_be_served_is_said_before_anything_listens(run, tmp_path):
+    toy_bundle(tmp_path / "b")
+    for words, told in (
+        (("nowhere",), "expected a bundle or a folder of bundles"),
+        (("b", "--host", "0.0.0.0"), "--tls-cert and --tls-key and --tokens too"),
+        (("b", "--host", "0.0.0.0", "--tokens", "t"), "--tls-cert and --tls-key too"),
+        (("b", "--host", "example.test"), "can be reached from other machines"),
+        (("b", "--tls-cert", "x"), "both a certificate and its key"),
+        (("b", "--client-ca", "x"), "need TLS"),
+        (("b", "--tokens", "none.json"), "louver token add"),
+        (("b", "--budgets", "b.json"), "tokens too"),
+        (("b", "--max-batch", "0"), "--max-batch"),
+        (("b", "--engine", "ray"), "local"),
+    ):
+        code, _, error = run("serve", *words)
+        assert (code, told in error) == (2, True), (words, error)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_fine"),
+    [
+        ({"host": "127.0.0.1"}, True),
+        ({"host": "localhost"}, True),
+        ({"host": "::1"}, True),
+        ({"host": "127.9.9.9"}, True),
+        ({"host": "0.0.0.0"}, False),
+        ({"host": "::"}, False),
+        ({"host": "10.0.0.1"}, False),
+        ({"host": "localhost.example.test"}, False),
+        ({"host": "0.0.0.0", "is_insecure_public": True}, True),
+    ],
+)
+def test_only_loopback_is_open_to_all(options, is_fine):
+    listening = Listening(**options)
+    if is_fine:
+        listening.check(has_tokens=False)
+    else:
+        with pytest.raises(ConfigError, match="insecure-public"):
+            listening.check(has_tokens=False)
+        with pytest.raises(ConfigError, match="tls-cert"):
+            listening.check(has_tokens=True)
+        Listening(**options, tls_cert=Path("c"), tls_key=Path("k")).check(has_tokens=True)
+        with pytest.raises(ConfigError, match="tokens"):
+            Listening(**options, tls_cert=Path("c"), tls_key=Path("k")).check(has_tokens=False)
+
+
+def test_a_port_that_is_taken_is_said(tmp_path):
+    toy_bundle(tmp_path / "b")
+    with running(tmp_path / "log", tmp_path / "b", options=("--drain-s", "0")) as server:
+        for option, port in (("--port", server.port), ("--grpc-port", server.told["grpc"].rpartition(":")[2])):
+            ports = {"--port": "0", "--grpc-port": "0", "--metrics-port": "-1", option: str(port)}
+            words = [word for pair in ports.items() for word in pair]
+            done = subprocess.run(
+                [sys.executable, "-m", "louver", "serve", str(tmp_path / "b"), *words],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            assert done.returncode == 2, done.stderr
+            assert "cannot listen on 127.0.0.1" in done.stderr
+
+
+def test_a_person_is_told_where_and_what_and_how_safe(tmp_path):
+    bundle = toy_bundle(tmp_path / "b")
+    command = [sys.executable, "-m", "louver", "serve", str(tmp_path / "b"), "--port", "0", "--grpc-port", "-1"]
+    with subprocess.Popen(
+        [*command, "--metrics-port", "-1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        while not lines or "warning" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        process.send_signal(2)
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+    told = "".join(lines)
+    assert re.search(r"REST +http://127\.0\.0\.1:\d+", told)
+    assert f"toy, version {bundle.id}: UINT8 4×4×5" in told
+    assert "--tokens FILE asks who they are" in told
+
+
+def test_one_model_of_one_version_needs_no_version(tmp_path):
+    bundle = toy_bundle(tmp_path / "b")
+    with running(tmp_path / "log", tmp_path / "b", options=("--drain-s", "0", "--max-rows", "3")) as server:
+        body, headers = asking(features(3))
+        assert (
+            server.ask("/v2/models/toy/infer", body, headers).body == server.ask(infer_path(bundle), body, headers).body
+        )
+        assert server.ask("/v2/models/toy/infer", *asking(features(4))).status == 400
+
+
+def test_a_missing_extra_is_said():
+    code = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.partition(".")[0] in {"grpc", "uvicorn", "uvloop", "prometheus_client", "torch"}:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+sys.meta_path.insert(0, Blocked())
+from louver.cli import main
+sys.argv = ["louver", "serve", "b"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'louver[cloud]'" in done.stderr
+
+
+def test_the_server_needs_no_lab():
+    code = (
+        "import louver.cloud, louver.cli, sys; sys.exit(bool({'torch', 'onnx', 'pydantic', 'PIL'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# The document
+
+
+def rows_below(heading: str) -> dict[str, str]:
+    text = DOCUMENT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return {row[0]: row[1] for row in rows}
+
+
+def test_every_option_is_documented_with_its_default():
+    rows = rows_below("Options")
+    command = typer.main.get_command(app).commands["serve"]
+    told = {}
+    for names, defaults in rows.items():
+        options = re.findall(r"`(--[\w-]+)`", names)
+        parts = [part.strip("` ") for part in defaults.split(",")]
+        told |= dict(zip(options, parts if len(parts) == len(options) else parts * len(options), strict=True))
+    known = {one.opts[0]: one.default for one in command.params if one.opts[0].startswith("--")}
+    assert sorted(told) == sorted(known)
+    for option, default in known.items():
+        if default is None or default is False:
+            assert told[option] in ("none", "no", "half the cores"), option
+        else:
+            assert told[option] == (f"{default:g}" if isinstance(default, (int, float)) else str(default)), option
+
+
+def test_the_defaults_of_the_command_are_those_of_the_library():
+    command = typer.main.get_command(app).commands["serve"]
+    known = {one.name: one.default for one in command.params}
+    limits, batching, listening = Limits(), Batching(), Listening()
+    assert known["max_body_mb"] * 2**20 == limits.body_bytes
+    assert known["max_decoded_mb"] * 2**20 == limits.decoded_bytes
+    assert known["max_held_mb"] * 2**20 == limits.held_bytes
+    assert (known["max_rows"], known["body_s"], known["answer_s"]) == (limits.rows, limits.body_s, limits.answer_s)
+    assert (known["max_batch"], known["queue"], known["workers"]) == (
+        batching.max_rows,
+        batching.queue,
+        batching.workers,
+    )
+    assert known["max_delay_ms"] == 1000 * batching.max_delay_s
+    for name in ("host", "port", "grpc_port", "metrics_port", "drain_s", "head_s"):
+        assert known[name] == getattr(listening, name), name
+    assert known["max_connections"] == listening.connections
+
+
+def test_every_metric_is_documented():
+    metrics = Metrics()
+    names = {family.name + ("_total" if family.type == "counter" else "") for family in metrics._registry.collect()}
+    text = DOCUMENT.split("\n## Metrics and logs\n")[1]
+    assert names == set(re.findall(r"`(louver_\w+)`", text))
