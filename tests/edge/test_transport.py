@@ -199,6 +199,11 @@ def test_a_reason_is_made_fit_for_one_line(cloud: Cloud) -> None:
 # Answers that are none
 
 
+def marked_as_compressed(handler, seen) -> None:
+    content, headers = answer_of(handler.server.cloud, seen)
+    handler.reply(200, content, {**headers, "Content-Encoding": "zstd"})
+
+
 WRONG = {
     "garbage": raw(b"garbage", {LENGTH: "7"}),
     "nothing": raw(b""),
@@ -225,7 +230,7 @@ WRONG = {
     "infinity": changed(scores=np.full((2, N_SCORES), np.inf)),
     "the id of another": changed(id="0" * 32),
     "another version": changed(version="0" * 32),
-    "a compressed answer": lambda handler, seen: handler.reply(200, b"x", {"Content-Encoding": "zstd"}),
+    "a compressed answer": marked_as_compressed,
     "an error of the server": status(500, "CUDA out of luck"),
 }
 
