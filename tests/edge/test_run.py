@@ -235,7 +235,7 @@ def test_the_command_is_light(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
 @pytest.mark.parametrize("shape", [(3, 8, 10), (1, 11, 5), (3, 40, 30)])
-@pytest.mark.parametrize("size", [(23, 14), (9, 31)])
+@pytest.mark.parametrize("size", [(23, 14), (9, 31), (430, 270)])
 def test_a_picture_is_brought_to_shape_as_the_lab_does_it(
     tmp_path: Path, mode: str, shape: tuple[int, int, int], size: tuple[int, int]
 ) -> None:
