@@ -270,11 +270,11 @@ def test_many_are_answered_in_order_while_the_next_is_computed(cloud: Cloud) -> 
 
 
 def test_pipelining_is_faster_than_one_after_the_other(cloud: Cloud) -> None:
-    cloud.always = slow(0.1)
+    cloud.always = slow(0.2)
     with Edge(cloud.bundle, server=cloud.address, settings=Settings(most_in_flight=4)) as edge:
         started = time.monotonic()
         assert len(list(edge.infer_many(pictures(1, seed=i) for i in range(8)))) == 8
-        assert time.monotonic() - started < 0.6  # one after the other takes 0.8 s
+        assert time.monotonic() - started < 1.3  # one after the other takes 1.6 s
 
 
 def test_an_error_comes_after_the_answers_that_came_before_it(cloud: Cloud) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from bundles import IMAGE, toy_bundle
-from clouds import Cloud, answer, raw, slow, status
+from clouds import Cloud, answer, raw, silent, slow, status
 from louver.bundle import Bundle
 from louver.edge import Delivery, Edge, Settings
 from louver.edge.outbox import Outbox
@@ -579,6 +579,36 @@ def test_what_is_under_way_holds_back_what_came_after_it(tmp_path: Path, bundle:
     outbox.leave(first)
     assert [outbox.get(place).id for place in outbox.places()] == [request(1).id, request(2).id]
     outbox.close()
+
+
+def test_a_closed_queue_keeps_nothing_for_another_process_may_have_it(tmp_path: Path, bundle: Bundle) -> None:
+    outbox = Outbox(bundle, options(tmp_path))
+    put(outbox, request(1))
+    outbox.close()
+    outbox.close()
+    with pytest.raises(StorageError, match="was closed; nothing was kept"):
+        put(outbox, request(2))
+    assert held(bundle, options(tmp_path)) == [request(1)]
+
+
+def test_closing_waits_for_what_another_thread_has_to_keep(tmp_path: Path, cloud: Cloud) -> None:
+    cloud.always = silent(0.3)
+    settings = options(tmp_path, tries=3)
+    edge = Edge(cloud.bundle, server=cloud.address, policy="queue", settings=settings)
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(edge.infer(pictures()).request_id))
+    thread.start()
+    while not cloud.seen:
+        time.sleep(0.005)
+    edge.close()
+    thread.join()
+    assert [one.id for one in held(cloud.bundle, settings)] == found
+    # A slot that was lost with an interrupted thread does not hold closing up for long.
+    edge = Edge(cloud.bundle, server=cloud.address, policy="queue", settings=options(tmp_path, read_timeout_s=0.2))
+    edge._take_slot()
+    started = time.monotonic()
+    edge.close()
+    assert time.monotonic() - started < 2
 
 
 def test_many_threads_may_queue_at_once(tmp_path: Path, cloud: Cloud) -> None:

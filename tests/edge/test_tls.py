@@ -163,7 +163,7 @@ def test_a_device_shows_its_certificate_where_it_is_asked_for(
 
 def test_what_is_no_certificate_is_refused_by_name(tmp_path: Path, bundle: Bundle, authority: Authority) -> None:
     cert, key = authority.issue("device")
-    _, locked = authority.issue("locked", password=b"sesame")
+    locked = authority.issue("locked", password=b"sesame")
     _, other = authority.issue("other")
     garbage = tmp_path / "garbage.pem"
     garbage.write_text("no certificate")
@@ -172,7 +172,7 @@ def test_what_is_no_certificate_is_refused_by_name(tmp_path: Path, bundle: Bundl
         ({"ca": tmp_path / "nowhere.pem"}, r"ca: expected a file in PEM format, got .*nowhere\.pem"),
         ({"cert": garbage, "key": key}, "files in PEM format"),
         ({"cert": cert, "key": other}, "files in PEM format"),
-        ({"cert": cert, "key": locked}, "the key without a password"),
+        ({"cert": locked[0], "key": locked[1]}, "the key without a password"),
     ):
         with pytest.raises(ConfigError, match=words):
             Edge(bundle, server="https://127.0.0.1:1", settings=Settings(**options))

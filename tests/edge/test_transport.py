@@ -54,15 +54,15 @@ def test_what_may_end_otherwise_is_sent_again_with_the_same_id(cloud: Cloud, tro
 
 
 def test_a_slow_server_is_given_up_in_time(cloud: Cloud) -> None:
-    cloud.script.extend([slow(0.5), answer])
-    with edge_to(cloud, read_timeout_s=0.1) as edge:
+    cloud.script.extend([slow(1.0), answer])
+    with edge_to(cloud, read_timeout_s=0.2) as edge:
         started = time.monotonic()
         found = edge.infer(pictures())
         assert found.tries == 2
-        assert time.monotonic() - started < 0.45
+        assert time.monotonic() - started < 0.9
         # The late answer to the first try must never be taken for one to the next request.
         other = edge.infer(pictures(seed=1))
-        time.sleep(0.5)
+        time.sleep(0.8)
         np.testing.assert_array_equal(other.scores, cloud.scores(cloud.seen[-1].feature))
 
 
@@ -77,7 +77,7 @@ def test_tries_and_deadline_are_bounds(cloud: Cloud) -> None:
         started = time.monotonic()
         with pytest.raises(CloudAwayError, match="of 50 tries"):
             edge.infer(pictures())
-        assert 0.2 < time.monotonic() - started < 0.8
+        assert 0.2 < time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize("where", ["head", "body"])
@@ -95,7 +95,7 @@ def test_an_answer_that_drips_meets_the_deadline(cloud: Cloud, where: str) -> No
         started = time.monotonic()
         with pytest.raises(CloudAwayError, match="deadline passed while reading"):
             edge.infer(pictures())
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 1.5
 
 
 def test_a_server_that_does_not_read_meets_the_deadline(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_the_server_says_how_long_to_wait_up_to_a_bound(cloud: Cloud, header: st
     with edge_to(cloud, most_retry_after_s=0.3) as edge:
         started = time.monotonic()
         assert edge.infer(pictures()).tries == 2
-        assert least <= time.monotonic() - started < least + 0.25
+        assert least <= time.monotonic() - started < least + 0.6
 
 
 def test_a_wait_past_the_deadline_is_not_waited_for(cloud: Cloud) -> None:
@@ -199,6 +199,11 @@ def test_a_reason_is_made_fit_for_one_line(cloud: Cloud) -> None:
 # Answers that are none
 
 
+def marked_as_compressed(handler, seen) -> None:
+    content, headers = answer_of(handler.server.cloud, seen)
+    handler.reply(200, content, {**headers, "Content-Encoding": "zstd"})
+
+
 WRONG = {
     "garbage": raw(b"garbage", {LENGTH: "7"}),
     "nothing": raw(b""),
@@ -225,7 +230,7 @@ WRONG = {
     "infinity": changed(scores=np.full((2, N_SCORES), np.inf)),
     "the id of another": changed(id="0" * 32),
     "another version": changed(version="0" * 32),
-    "a compressed answer": lambda handler, seen: handler.reply(200, b"x", {"Content-Encoding": "zstd"}),
+    "a compressed answer": marked_as_compressed,
     "an error of the server": status(500, "CUDA out of luck"),
 }
 

@@ -153,9 +153,11 @@ class Edge:
             self._background.join()
         if self._senders is not None:
             self._senders.shutdown(wait=True, cancel_futures=True)
-        for _ in range(self.settings.most_in_flight):  # what another thread asked for may still have to be kept
-            self._slots.acquire(timeout=self.settings.slot_timeout_s)
         if self._outbox is not None:
+            # What another thread asked for may still have to be kept. Not for ever: an interruption can lose a slot.
+            until = time.monotonic() + self.settings.read_timeout_s
+            for _ in range(self.settings.most_in_flight):
+                self._slots.acquire(timeout=max(until - time.monotonic(), 0))
             self._outbox.close()
 
     @property
@@ -190,25 +192,21 @@ class Edge:
         """
         waiting: deque[Future[Answer]] = deque()
         source, trouble = iter(batches), None
-        try:
-            while True:
-                try:
-                    images = checked_images(next(source), self.bundle.serving.image_shape)
-                except StopIteration:
-                    break
-                except LouverError as error:  # the answers to what came before it are still owed
-                    trouble = error
-                    break
-                while waiting and (waiting[0].done() or len(waiting) >= self.settings.most_in_flight):
-                    yield waiting.popleft().result()
-                waiting.append(self._submit(images))
-            while waiting:
+        while True:
+            try:
+                images = checked_images(next(source), self.bundle.serving.image_shape)
+            except StopIteration:
+                break
+            except LouverError as error:  # the answers to what came before it are still owed
+                trouble = error
+                break
+            while waiting and (waiting[0].done() or len(waiting) >= self.settings.most_in_flight):
                 yield waiting.popleft().result()
-            if trouble is not None:
-                raise trouble
-        finally:
-            for future in waiting:
-                future.cancel()
+            waiting.append(self._submit(images))
+        while waiting:
+            yield waiting.popleft().result()
+        if trouble is not None:
+            raise trouble
 
     def flush(self, sink: Callable[[Delivery], object]) -> Flushed:
         """Sends what waits on disk, oldest first, and hands each answer to `sink`; ends early if the cloud is away.

@@ -106,10 +106,11 @@ class Outbox:
         return len(self._sizes)
 
     def close(self) -> None:
-        """Lets another process use the queue."""
-        if self._lock_file >= 0:
-            os.close(self._lock_file)
-            self._lock_file = -1
+        """Lets another process use the queue; nothing more is kept here."""
+        with self._guard:
+            if self._lock_file >= 0:
+                os.close(self._lock_file)
+                self._lock_file = -1
 
     def take_place(self) -> int:
         """A place in the order, for a request that may have to wait; `leave` it when the request has ended."""
@@ -143,6 +144,8 @@ class Outbox:
         sealed = self._cipher.encrypt(nonce, plain, self._seal(place))
         size = len(nonce) + len(sealed)
         with self._guard:
+            if self._lock_file < 0:
+                raise StorageError(f"{self.folder} was closed; nothing was kept; open it again")
             self._check_room(size)
             with _refusals(self.folder):
                 _write(self._path(place), [nonce, sealed])
