@@ -44,6 +44,8 @@ def run(
     ca: Annotated[Path | None, typer.Option(help="The only authorities to trust (PEM), not the system's.")] = None,
     cert: Annotated[Path | None, typer.Option(help="This device's certificate (PEM).")] = None,
     key: Annotated[Path | None, typer.Option(help="The private key of --cert (PEM).")] = None,
+    maker_key: Annotated[Path | None, typer.Option(help="Public key (PEM) by which the bundle must be signed.")] = None,
+    triton: Annotated[bool, typer.Option("--triton", help="The server is Triton.")] = False,
     allow_plain_http: Annotated[
         bool, typer.Option("--allow-plain-http", help="Send over plain HTTP to another machine; anyone may read along.")
     ] = False,
@@ -71,6 +73,9 @@ def run(
         ca=ca,
         cert=cert,
         key=key,
+        maker_key=maker_key,
+        is_triton=triton,
+        compression="gzip" if triton else "zstd",
         allow_plain_http=allow_plain_http,
         queue_folder=queue,
         queue_key=queue_key,

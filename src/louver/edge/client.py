@@ -115,6 +115,10 @@ class Edge:
         found = read_bundle(folder, needs=(EDGE, HEAD) if policy == "local" else (EDGE,))
         if isinstance(bundle, Bundle) and found.id != bundle.id:
             raise BundleError(f"{folder}: expected bundle {bundle.id}, got {found.id}; read it again")
+        if settings.maker_key is not None:
+            from louver.signing import verify_bundle
+
+            found = verify_bundle(found.folder, key=settings.maker_key)
         self.bundle, self.policy, self.settings = found, policy, settings
         self._edge = EdgeHalf(found, threads=settings.threads)
         self._head = HeadHalf(found, threads=settings.threads) if policy == "local" else None

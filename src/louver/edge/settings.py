@@ -37,10 +37,12 @@ class Settings:
     the answer, `deadline_s` for everything. `tries`: how often a request is sent at most. Between tries it waits
     anything up to `backoff_s`, doubled with each try, up to `most_backoff_s`; where the server says how long to wait,
     that long, up to `most_retry_after_s`. After `breaker_failures` failed tries in a row nothing is sent for
-    `breaker_pause_s`, then one request probes.
+    `breaker_pause_s`, then one request probes. `is_triton`: the server is Triton, where the bundle's id is part of the
+    model's name.
 
     Trust. `ca`: a file of the only authorities to trust, instead of the system's; `cert` and `key`: this device's own
-    certificate. `allow_plain_http`: send over plain HTTP to another machine, where everyone on the way reads along.
+    certificate. `maker_key`: the public key by which the bundle must be signed. `allow_plain_http`: send over plain
+    HTTP to another machine, where everyone on the way reads along.
 
     Waiting. At most `most_in_flight` requests at once; one more waits up to `slot_timeout_s`.
 
@@ -68,6 +70,8 @@ class Settings:
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
+    maker_key: Path | None = None
+    is_triton: bool = False
     allow_plain_http: bool = False
     most_in_flight: int = 4
     slot_timeout_s: float = 30.0
@@ -100,5 +104,7 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}: expected a whole number of 1 or more, got {value!r}; give another")
+        if self.is_triton and self.compression == "zstd":
+            raise ConfigError("compression: expected gzip or none for Triton, which knows no zstd; give another")
         if self.key is not None and self.cert is None:
             raise ConfigError("key: expected a certificate with it, got none; give `cert` too")

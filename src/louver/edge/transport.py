@@ -26,6 +26,7 @@ from louver.edge.connections import pool_of, set_deadline
 from louver.edge.settings import Settings
 from louver.edge.wire import HEADER_LENGTH, MOST_ANSWER_HEADER, Request, read_reason, read_scores
 from louver.errors import AnswerError, CloudAwayError, CloudError, CloudRefusedError
+from louver.triton import triton_name
 
 __all__ = ["Transport"]
 
@@ -56,7 +57,8 @@ class Transport:
         self.address = address_of(server, settings, has_token=token is not None)
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_pause_s)
         self._bundle, self._token, self._settings = bundle, token, settings
-        self._path = f"{self.address.path}/v2/models/{bundle.name}/versions/{bundle.id}/infer"
+        model = triton_name(bundle) if settings.is_triton else f"{bundle.name}/versions/{bundle.id}"
+        self._path = f"{self.address.path}/v2/models/{model}/infer"
         self._closed = threading.Event()
         context = tls_context(settings) if self.address.scheme == "https" else None
         self._pool = pool_of(self.address.host, self.address.port, settings.most_in_flight, context)

@@ -19,6 +19,7 @@ from louver.bundle import Bundle
 from louver.edge.packing import pack
 from louver.edge.settings import Compression, Settings
 from louver.errors import AnswerError
+from louver.triton import triton_name
 
 __all__ = ["HEADER_LENGTH", "MOST_ANSWER_HEADER", "Request", "read_reason", "read_scores", "request_of"]
 
@@ -84,7 +85,9 @@ def read_scores(content: bytes, header_length: str | None, request: Request, bun
         raise _wrong(f"expected JSON with one output `scores` in binary, got {type(error).__name__}") from error
     if header.get("id", request.id) != request.id:
         raise _wrong("it has the id of another request")
-    if header.get("model_version", bundle.id) != bundle.id:
+    # Triton's versions are small numbers: there the name says which bundle it is.
+    is_named = header.get("model_name") == triton_name(bundle)
+    if not is_named and header.get("model_version", bundle.id) != bundle.id:
         raise _wrong(f"expected version {bundle.id}, got {_shown(header['model_version'])}")
     expected = [request.n_images, *bundle.serving.output_shape]
     if shape != expected or datatype != "FP32":
