@@ -126,7 +126,11 @@ def triton(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     command = [str(home / "bin" / "tritonserver"), "--model-repository", str(folder / "models")]
     command += ["--backend-directory", str(backends), "--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1"]
     command += [f"--{what}-port={port}" for what, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
-    environment = os.environ | {"PYTHONPATH": str(packages), "PATH": f"{ENVIRONMENT}/bin:{os.environ['PATH']}"}
+    environment = os.environ | {
+        "PYTHONPATH": str(packages),
+        "PATH": f"{ENVIRONMENT}/bin:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": str(packages / "nvidia_pytriton.libs"),
+    }
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
