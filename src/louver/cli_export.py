@@ -13,7 +13,7 @@ from rich.console import Console
 
 from louver.console import AsJson, Device, Threads, device_named, lab, progress_shown, set_threads
 
-__all__ = ["export", "sign", "verify"]
+__all__ = ["export", "print_service", "sign", "verify"]
 
 
 def export(
@@ -105,6 +105,26 @@ def verify(
         print(json.dumps({"name": found.name, "id": found.id, "verified": True}))
     else:
         print(f"bundle {found.name}, id {found.id}: signed, and unchanged")
+
+
+def print_service(bundle: Any, service: Any) -> None:  # noqa: ANN401 - louver.bundle.Bundle, louver.loopback.Service
+    """What a bundle did in service, beside what it gives away."""
+    _print_bundle(bundle, as_json=False)
+    split = bundle.record["utility"].get("split", {}).get("accuracy")
+    lines = [f"in service on this machine, {service.n_images} test images, one request each:"]
+    if service.accuracy is not None:
+        lines.append(
+            f"  accuracy {service.accuracy:.3f}" + ("" if split is None else f" (the split in torch: {split:.3f})")
+        )
+    lines += [
+        f"  sent {service.sent_bytes:,.0f} bytes an image; the feature as float32 has {service.float32_bytes:,}, "
+        f"the picture as JPEG of quality 90 {service.jpeg_bytes:,.0f}",
+        f"  edge half {service.edge_ms_median:.2f} ms (99 % within {service.edge_ms_p99:.2f}), from sending to answer "
+        f"{service.wire_ms_median:.2f} ms ({service.wire_ms_p99:.2f})",
+    ]
+    console = Console(soft_wrap=True, highlight=False)
+    for line in lines:
+        console.print(line, markup=False)
 
 
 def _print_bundle(bundle: Any, *, as_json: bool) -> None:  # noqa: ANN401 - louver.bundle.Bundle
