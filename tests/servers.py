@@ -20,7 +20,7 @@ import onnxruntime
 from bundles import FEATURE
 from louver.bundle import CLOUD, Bundle
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Answer(NamedTuple):

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import gzip
 import json
-import logging
 import threading
 import tracemalloc
 import zlib
@@ -20,7 +19,6 @@ from hypothesis import strategies as st
 
 from bundles import FEATURE, N_SCORES, toy_bundle
 from louver.cloud import Batching, Limits, Repository, Settings, create_app
-from louver.cloud.logs import JsonLines
 from louver.cloud.tokens import add_client, remove_client
 from louver.errors import ConfigError
 from servers import Answer, ask, asking, binary, features, head_of, infer_path, truth
@@ -39,6 +37,7 @@ class Place:
         batching = Batching(workers=2, threads=1)
         self.repository = Repository([folder / "toy", folder / "real"], batching=batching)
         self.app = create_app(self.repository, Settings(limits=LIMITS, **options))
+        self.app.service.lines.write = lambda line: None
 
     def ask(self, path: str, body: bytes = b"", headers: dict[str, str] | None = None, **options) -> Answer:
         return asyncio.run(ask(self.app, path, body, headers, **options))
@@ -531,6 +530,7 @@ def test_what_a_full_queue_refuses_is_not_charged(tmp_path):
     bundle = toy_bundle(tmp_path / "toy")
     repository = Repository([tmp_path / "toy"], batching=Batching(workers=1, threads=1, queue=3))
     app = create_app(repository, Settings(tokens=file))
+    app.service.lines.write = lambda line: None
     batcher = repository.find("toy", None).batcher
     network, gate = batcher._network, threading.Event()
     batcher._network = lambda feature: network(feature) if gate.wait(10) else feature
@@ -551,16 +551,18 @@ def test_what_a_full_queue_refuses_is_not_charged(tmp_path):
 # What is told
 
 
-def test_a_line_holds_names_and_numbers_only(guarded, caplog):
+def test_a_line_holds_names_and_numbers_only(guarded):
     place, tokens = guarded
-    caplog.set_level(logging.INFO, "louver.cloud")
+    written: list[str] = []
+    place.app.service.lines.write = written.append
     feature = features(2)
     body, headers = asking(feature, call_id="my-call-id")
     place.ask(infer_path(place.toy), body, {**headers, "x-secret": "in a header"}, token=tokens["few"])
     place.ask(infer_path(place.toy), body[:-5], headers, token=tokens["few"])
     place.ask("/v2/models/secret-name/infer", body, headers, token=tokens["few"])
     place.ask(infer_path(place.toy), body, headers, token="secret-token")
-    lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == "louver.cloud"]
+    assert all(line.endswith("\n") for line in written)
+    lines = [json.loads(line) for line in written]
     keys = {"time", "level", "event", "protocol", "client", "model", "version", "rows", "status", "ms"}
     assert [line.keys() for line in lines] == [keys] * 4
     assert [(line["client"], line["model"], line["rows"], line["status"]) for line in lines] == [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import pytest
 
-from louver.cloud.batching import Batcher
+from louver.cloud.batching import Batcher, Workers
 from louver.cloud.refusals import Refusal
 from louver.cloud.settings import Batching
 from louver.errors import ConfigError
@@ -42,8 +42,8 @@ def run(work, network=double, **options):
     batching = Batching(**{"workers": 1, "threads": 1, **options})
 
     async def main():
-        with ThreadPoolExecutor(batching.workers) as pool:
-            return await asyncio.wait_for(work(Batcher(network, pool, batching)), 10)
+        with closing(Workers(batching.workers)) as workers:
+            return await asyncio.wait_for(work(Batcher(network, workers, batching)), 10)
 
     return asyncio.run(main())
 
@@ -141,10 +141,11 @@ def test_who_has_left_is_not_computed():
     assert gate.batches == [[1], [4]]
 
 
-def test_an_error_reaches_only_its_own_request():
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, SystemExit])
+def test_an_error_reaches_only_its_own_request(kind):
     def network(feature):
         if (feature == 13).any():
-            raise RuntimeError("13")
+            raise kind("13")
         return 2 * feature
 
     async def work(batcher):

@@ -212,7 +212,6 @@ async def _infer(exchange: _Exchange) -> None:
     except (_Gone, TimeoutError):
         request.status = GONE
     finally:
-        service.held_bytes -= request.held_bytes
         service.ended(request)
 
 

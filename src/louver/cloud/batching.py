@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from louver.cloud.refusals import Refusal
 from louver.cloud.settings import Batching
 
-__all__ = ["Batcher", "Run"]
+__all__ = ["Batcher", "Run", "Workers"]
 
 Run = Callable[[NDArray[Any]], NDArray[np.float32]]
 """Rows of features in, as many rows of scores out; called in a thread."""
@@ -36,18 +38,59 @@ class _Waiting:
     since: float
 
 
+class _Outcome:
+    """What a run gave: scores, or whatever it raised, which is for those who wait and not for the thread."""
+
+    scores: NDArray[np.float32]
+    error: BaseException | None = None
+
+    def __enter__(self) -> _Outcome:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.error = error
+        return True
+
+
+class Workers:
+    """Threads that do jobs in the order in which they come. An executor's futures would cost twice the way there."""
+
+    def __init__(self, count: int) -> None:
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [Thread(target=self._work, name=f"louver-run-{i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Has a job done, which must not raise."""
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Waits for all jobs, and ends the threads."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+
 class Batcher:
     """Runs what waits for one model, together where that is possible.
 
-    `pool` is shared by all models; `told` is given the rows of each batch. Whoever waits may be cancelled: a request
-    that is not yet running is dropped, and one that is running is computed for nobody.
+    `workers` are shared by all models; `told` is given the rows of each batch. Whoever waits may be cancelled: a
+    request that is not yet running is dropped, and one that is running is computed for nobody.
     """
 
     def __init__(
-        self, run: Run, pool: ThreadPoolExecutor, batching: Batching, *, told: Callable[[int], None] | None = None
+        self, run: Run, workers: Workers, batching: Batching, *, told: Callable[[int], None] | None = None
     ) -> None:
         self._network = run
-        self._pool = pool
+        self._workers = workers
         self._batching = batching
         self._told = told or (lambda rows: None)
         self._queue: deque[_Waiting] = deque()
@@ -125,25 +168,24 @@ class Batcher:
         self._running += 1
         features = [one.feature for one in batch]
         self._told(sum(map(len, features)))
-        job = self._pool.submit(self._compute, features)
-        job.add_done_callback(lambda done: loop.call_soon_threadsafe(self._deliver, loop, batch, done))
 
-    def _compute(self, features: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-        return self._network(features[0] if len(features) == 1 else np.concatenate(features))
+        def job() -> None:
+            with _Outcome() as outcome:
+                outcome.scores = self._network(features[0] if len(features) == 1 else np.concatenate(features))
+            loop.call_soon_threadsafe(self._deliver, loop, batch, outcome)
 
-    def _deliver(
-        self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting], done: Future[NDArray[np.float32]]
-    ) -> None:
+        self._workers.submit(job)
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting], outcome: _Outcome) -> None:
         self._running -= 1
-        error = done.exception()
-        if error is not None:
-            self._fail(loop, batch, error)
+        if outcome.error is not None:
+            self._fail(loop, batch, outcome.error)
         else:
-            scores, start = done.result(), 0
+            start = 0
             for one in batch:
                 stop = start + len(one.feature)
                 if not one.future.done():
-                    one.future.set_result(scores[start:stop])
+                    one.future.set_result(outcome.scores[start:stop])
                 start = stop
         self._wake(loop)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
-__all__ = ["JsonLines"]
+__all__ = ["JsonLines", "RequestLines"]
 
 _ENCODER = json.JSONEncoder(default=str)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -32,3 +35,38 @@ class JsonLines(logging.Formatter):
             if trace is not None:
                 found["at"] = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
         return _ENCODER.encode(found)
+
+
+class RequestLines:
+    """One line for each request, of the same form. Apart from `logging`, which takes longer than an answer does.
+
+    write: where lines go, each with its end; standard error by default.
+    """
+
+    def __init__(self, write: Callable[[str], object] | None = None) -> None:
+        self.write = write or sys.stderr.write
+        self._second = -1
+        self._start = ""
+
+    def add(
+        self,
+        *,
+        protocol: str,
+        client: str | None,
+        model: str | None,
+        version: str | None,
+        rows: int,
+        status: int,
+        ms: float,
+    ) -> None:
+        """Writes the line. All names are ours: of clients, models and versions, which need no escape."""
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            self._second, self._start = second, datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        client, model, version = (f'"{one}"' if one is not None else "null" for one in (client, model, version))
+        self.write(
+            f'{{"time": "{self._start}.{int(1000 * (now - second)):03d}+00:00", "level": "info", "event": "infer", '
+            f'"protocol": "{protocol}", "client": {client}, "model": {model}, "version": {version}, '
+            f'"rows": {rows}, "status": {status}, "ms": {ms:.3f}}}\n'
+        )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from louver.bundle import MANIFEST
-from louver.cloud.batching import Batcher
+from louver.cloud.batching import Batcher, Workers
 from louver.cloud.models import Model, load_model
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.settings import Batching
@@ -66,16 +65,16 @@ class Repository:
         self._paths = [Path(path) for path in paths]
         self._keep_s = keep_s
         self._clock = clock
-        self._pool = ThreadPoolExecutor(self.batching.workers, thread_name_prefix="louver-run")
+        self._workers = Workers(self.batching.workers)
         try:
             self._state = _State(folders=self._read({}, failures=None))
         except BundleError:
-            self._pool.shutdown()
+            self._workers.close()
             raise
 
     def close(self) -> None:
         """Ends the threads, once what runs is done."""
-        self._pool.shutdown()
+        self._workers.close()
 
     @property
     def current(self) -> list[Served]:
@@ -177,7 +176,7 @@ class Repository:
             for one in told:
                 one(rows)
 
-        return Served(model=model, batcher=Batcher(model.run, self._pool, self.batching, told=tell), told=told)
+        return Served(model=model, batcher=Batcher(model.run, self._workers, self.batching, told=tell), told=told)
 
 
 def _bundles_in(path: Path) -> list[Path]:

@@ -162,7 +162,6 @@ async def _infer(service: Service, content: bytes, context: Context) -> bytes:
         request.status = GONE
         raise
     finally:
-        service.held_bytes -= request.held_bytes
         service.ended(request)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from louver.cloud.budgets import Budgets
 from louver.cloud.clients import ANYONE, Clients
+from louver.cloud.logs import RequestLines
 from louver.cloud.metrics import Metrics
 from louver.cloud.protocol import Call
 from louver.cloud.refusals import Refusal
@@ -52,10 +53,11 @@ class Service:
     def __init__(self, repository: Repository, settings: Settings) -> None:
         self.repository = repository
         self.settings = settings
-        self.metrics = Metrics()
+        self.lines = RequestLines()
         self.clients = Clients(settings.tokens) if settings.tokens is not None else None
         path = settings.budgets_path
         self.budgets = Budgets(path, retry_window_s=settings.retry_window_s) if path is not None else None
+        self.metrics = Metrics(repository, self.clients, self.budgets)
         self.is_draining = False
         self.held_bytes = 0
 
@@ -71,7 +73,8 @@ class Service:
 
     def metrics_text(self) -> bytes:
         """The metrics at this moment, in Prometheus's format."""
-        return self.metrics.text(self.repository, self.clients, self.budgets, self.held_bytes)
+        self.metrics.held_bytes = self.held_bytes
+        return self.metrics.text()
 
     def identify(self, authorization: bytes | None) -> Client:
         """Who asks.
@@ -136,8 +139,13 @@ class Service:
         return scores
 
     def ended(self, request: Request) -> None:
-        """Counts a request and writes its line."""
+        """Lets go of what a request held, counts it and writes its line, once its answer is on its way."""
+        self.held_bytes -= request.held_bytes
         seconds = time.perf_counter() - request.since
+        # In the next turn of the loop: what has been sent leaves at the end of this one.
+        asyncio.get_running_loop().call_soon(self._count, request, seconds)
+
+    def _count(self, request: Request, seconds: float) -> None:
         self.metrics.count(
             request.served,
             request.protocol,
@@ -148,17 +156,13 @@ class Service:
         )
         if request.status == 403 and request.client is not None:
             self.metrics.count_spent(request.client.name)
-        if _log.isEnabledFor(logging.INFO):
-            model = request.served.model if request.served is not None else None
-            _log.info(
-                "infer",
-                extra={
-                    "protocol": request.protocol,
-                    "client": request.client.name if request.client else None,
-                    "model": model.name if model else None,
-                    "version": model.version if model else None,
-                    "rows": request.rows,
-                    "status": request.status,
-                    "ms": round(1000 * seconds, 3),
-                },
-            )
+        model = request.served.model if request.served is not None else None
+        self.lines.add(
+            protocol=request.protocol,
+            client=request.client.name if request.client is not None else None,
+            model=model.name if model is not None else None,
+            version=model.version if model is not None else None,
+            rows=request.rows,
+            status=request.status,
+            ms=1000 * seconds,
+        )
