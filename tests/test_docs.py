@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -343,3 +344,12 @@ def test_files_that_the_documents_name_exist():
             r"`((?:src|docs|tests|examples|benchmarks)/[\w./-]+)`", document.read_text(encoding="utf-8")
         ):
             assert (ROOT / name).exists() or "NAME" in name, f"{document.name}: {name}"
+
+
+def test_tables_of_defenses_are_those_that_were_recorded():
+    shown = (ROOT / "docs/hardening.md").read_text(encoding="utf-8")
+    for path in (ROOT / "benchmarks/results").glob("defenses-*-laptop.json"):
+        name = path.stem.removeprefix("defenses-").removesuffix("-laptop")
+        command = [sys.executable, str(ROOT / "benchmarks/table.py"), name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert printed in shown, f"docs/hardening.md does not show the table that `{' '.join(command[1:])}` prints"

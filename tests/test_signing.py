@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from bundles import toy_bundle
 from louver.bundle import CLOUD, EDGE, file_hash, write_manifest
 from louver.cli import main
+from louver.cloud import Repository
+from louver.edge import Edge, Settings
 from louver.errors import BundleError, ConfigError
 from louver.signing import SIGNATURE, sign_bundle, verify_bundle
 
@@ -111,3 +113,21 @@ def test_the_commands(tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr()
     assert "signed, and unchanged" in said.out
     assert "either a public key" in said.err
+
+
+def test_device_and_server_take_only_what_the_maker_signed(tmp_path: Path, bundle: Path) -> None:
+    private, public = key_pair(tmp_path, "maker")
+    address = "http://127.0.0.1:9"
+    with pytest.raises(BundleError, match="louver sign"):
+        Edge(bundle, server=address, settings=Settings(maker_key=public))
+    with pytest.raises(BundleError, match="louver sign"):
+        Repository([bundle], maker_key=public)
+    sign_bundle(bundle, key=private)
+    Edge(bundle, server=address, settings=Settings(maker_key=public)).close()
+    repository = Repository([bundle], maker_key=public)
+    served = [one.model.version for one in repository.current]
+    toy_bundle(bundle, seed=5)  # whole, and signed by nobody
+    failures = repository.reload()
+    assert "does not vouch" in failures[0]
+    assert [one.model.version for one in repository.current] == served
+    repository.close()

@@ -66,6 +66,9 @@ def serve(
     client_ca: Annotated[
         Path | None, typer.Option(help="Only clients with a certificate signed by one of these (PEM).")
     ] = None,
+    maker_key: Annotated[
+        Path | None, typer.Option(help="Public key (PEM) by which every bundle must be signed.")
+    ] = None,
     insecure_public: Annotated[
         bool, typer.Option("--insecure-public", help="Listen beyond this machine even without TLS or tokens.")
     ] = False,
@@ -129,7 +132,7 @@ def serve(
     batching = Batching(max_rows=max_batch, max_delay_s=max_delay_ms / 1000, queue=queue, workers=workers)
     if threads is not None:
         batching = Batching(**{**vars(batching), "threads": threads})
-    repository = Repository(paths, batching=batching, keep_s=keep_s)
+    repository = Repository(paths, batching=batching, keep_s=keep_s, maker_key=maker_key)
     app = create_app(repository, Settings(limits=limits, tokens=tokens, budgets=budgets))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve_app(app, listening, started=lambda found: _tell(app, listening, found, as_json=as_json)))

@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 
 from louver.bundle import CLOUD, Bundle, read_bundle
 from louver.errors import BundleError
+from louver.signing import verify_bundle
 
 __all__ = ["FEATURE", "RUN_ERRORS", "SCORES", "Model", "load_model"]
 
@@ -52,14 +53,14 @@ class Model:
     """Bytes of one image's feature."""
 
 
-def load_model(folder: Path, *, threads: int) -> Model:
-    """The cloud half of the bundle in `folder`, run once.
+def load_model(folder: Path, *, threads: int, maker_key: Path | None = None) -> Model:
+    """The cloud half of the bundle in `folder`, run once; with a `maker_key` the bundle must be signed by it.
 
     Raises:
         BundleError: no bundle, a changed byte, a graph that onnxruntime refuses, or another than the manifest says.
     """
     try:
-        bundle = read_bundle(folder)
+        bundle = read_bundle(folder) if maker_key is None else verify_bundle(folder, key=maker_key)
         content = _verified(bundle)
     except OSError as error:
         raise BundleError(f"{folder}: {error.strerror}; see who may read it") from error

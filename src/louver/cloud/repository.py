@@ -43,7 +43,7 @@ class Repository:
     """The bundles in `paths`, each a bundle or a folder of bundles.
 
     keep_s: how long a version that was replaced is still answered, so that devices with its edge half have time to
-    follow. What is in flight is finished in any case.
+    follow. What is in flight is finished in any case. maker_key: the public key by which every bundle must be signed.
 
     Raises:
         BundleError: a path holds no bundle, or a bundle is not as it was exported.
@@ -55,6 +55,7 @@ class Repository:
         *,
         batching: Batching | None = None,
         keep_s: float = 600.0,
+        maker_key: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not paths:
@@ -64,6 +65,7 @@ class Repository:
         self.batching = batching or Batching()
         self._paths = [Path(path) for path in paths]
         self._keep_s = keep_s
+        self._maker_key = maker_key
         self._clock = clock
         self._workers = Workers(self.batching.workers)
         try:
@@ -157,7 +159,7 @@ class Repository:
                 continue
             for folder in folders:
                 try:
-                    model = load_model(folder, threads=self.batching.threads)
+                    model = load_model(folder, threads=self.batching.threads, maker_key=self._maker_key)
                 except BundleError as error:
                     if failures is None:
                         raise
