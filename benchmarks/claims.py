@@ -30,8 +30,11 @@ def utility(cell: Cell) -> tuple[float, float, float]:
 
 
 def leak(cell: Cell, measure: str) -> dict[str, Any]:
-    """The row of the strongest attack by `measure`."""
-    return max((row for row in cell["leakage"] if row["measure"] == measure), key=lambda row: row["mean"])
+    """The row of the strongest attack by `measure`; the floor where that is no stronger: anyone can send it."""
+    row: dict[str, Any] = max(
+        (row for row in cell["leakage"] if row["measure"] == measure), key=lambda row: row["mean"]
+    )
+    return row | {key: max(row[key], row["floor"]) for key in ("mean", "low", "high", "worst")}
 
 
 def error(cell: Cell) -> float:

@@ -267,6 +267,23 @@ def test_the_undefended_split_beside_is_the_nearest_and_then_the_most_useful(tmp
     assert compare([tmp_path]).entry("other").reference == "tuned"
 
 
+@pytest.mark.parametrize("measure", ["ssim", "mse"])
+def test_an_attack_below_its_floor_is_no_privacy(tmp_path, measure):
+    """A broken attack at 0.02 must not beat a defense that leaks the floor's 0.12: anyone can send the mean picture."""
+    pair(tmp_path, leak=0.13)
+    write(tmp_path / "broken", facts("broken", "siftfunnel", 0.87, {"decoder": 0.02, "likelihood": 0.01}))
+    found = compare([tmp_path], measure=measure)
+    assert found.entry("broken").leak.mean == found.entry("broken").leak.floor
+    assert found.entry("broken").leak.low == found.entry("broken").leak.high == found.entry("broken").leak.floor
+
+
+def test_attacks_that_work_nowhere_are_no_evidence(tmp_path):
+    write(tmp_path / "none", facts("none", "none", 0.9, {"decoder": 0.10}))
+    write(tmp_path / "other", facts("other", "noise", 0.9, {"decoder": 0.04}))
+    with pytest.raises(DataError, match=r"no attack beats its floor.*no evidence"):
+        compare([tmp_path])
+
+
 def test_without_an_undefended_split_nothing_is_claimed(tmp_path):
     sweep(tmp_path, "noise", "std", (1, 2), (0.9, 0.8), (0.6, 0.4))
     found = compare([tmp_path])

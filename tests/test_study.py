@@ -233,7 +233,7 @@ def test_every_bench_names_each_cell_once_and_its_cells_can_be_cut(name, scale):
 def test_identities_and_labels_that_some_images_lack_are_judged(tmp_path):
     """Log-rank privacy needs people who are known; explained variance needs components; -1 is no label."""
     rng = np.random.default_rng(0)
-    people = rng.integers(0, 256, (24, 3, 16, 16))
+    people = rng.integers(0, 256, (28, 3, 16, 16))
 
     def album(count, seed, shown):
         draw = np.random.default_rng(seed)
@@ -243,7 +243,7 @@ def test_identities_and_labels_that_some_images_lack_are_judged(tmp_path):
         labels = {"who": who, "place": np.where(turn % 5 == 0, -1, turn % 2), "kind": turn % 2}
         return Images(pixels=pixels, labels=labels, name=f"album {seed}")
 
-    known, strangers = range(8), range(8, 24)
+    known, strangers = range(12), range(12, 28)
     roles = Roles(
         train=album(48, 1, known),
         validation=album(16, 2, known),
@@ -278,7 +278,12 @@ def test_identities_and_labels_that_some_images_lack_are_judged(tmp_path):
     assert 0 <= hidden["low"] <= hidden["privacy"] <= hidden["high"] <= 1
     assert hidden["n"] == 40
     rows = {(row["column"], row["on"].split()[0], row["probe"]): row for row in facts["probes"]}
-    assert {how for column, _, how in rows if column == "who"} == {"nearest image", "learned metric"}
+    assert {how for column, on, how in rows if (column, on) == ("who", "features")} == {
+        "nearest image",
+        "learned metric",
+    }
+    assert {how for _, on, how in rows if on == "features,"} == {"neighbor", "metric", "tail"}
+    assert rows["who", "features,", "metric"]["accuracy"] > rows["who", "features,", "metric"]["chance"]
     assert rows["place", "features", "linear"]["n"] == rows["place", "reconstructions", "tail"]["n"] == 32
     shown = load_facts(tmp_path / "run").information
     assert shown["log_rank_privacy"].mean == hidden["privacy"]

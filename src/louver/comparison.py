@@ -180,6 +180,11 @@ def compare(
         Entry(label=label, facts=facts, utility=facts.utility[chosen], leak=_leak(facts, measure, attack))
         for label, facts in zip(labels, loaded, strict=True)
     ]
+    if not any(one.leak.beats_floor for one in entries):
+        raise DataError(
+            f"no attack beats its floor by {measure} in any of these splits, so nothing is shown of any defense: "
+            "attacks that work nowhere are no evidence; compare with an undefended split, or attack with stronger ones"
+        )
     entries = [_against_undefended(one, entries) for one in _in_order(entries)]
     fronts = _fronts(entries)
     # What nothing beats within a large budget, nothing beats within a smaller one.
@@ -248,8 +253,15 @@ def _digest(folder: Path) -> str:
 
 
 def _leak(facts: Facts, measure: str, attack: str) -> Leak:
+    """The strongest attack, or the floor where that is no stronger: anyone can send the mean picture."""
     leaks = [leak for leak in facts.leakage if leak.measure == measure and attack in (STRONGEST, leak.attack)]
-    return max(leaks, key=lambda leak: leak.amount)
+    return max((_floored(leak) for leak in leaks), key=lambda leak: leak.amount)
+
+
+def _floored(leak: Leak) -> Leak:
+    bound = max if leak.leaks_when == "high" else min
+    figures = ("mean", "low", "high", "worst", "worst_low", "worst_high")
+    return replace(leak, **{name: bound(getattr(leak, name), leak.floor) for name in figures})
 
 
 def _labels(loaded: Sequence[Facts]) -> list[str]:

@@ -37,6 +37,7 @@ from louver.measures.ranking import log_rank_privacy, rank_privacy
 from louver.measures.statistics import summarize
 from louver.probes import (
     LinearProbe,
+    MetricProbe,
     NeighborProbe,
     Probe,
     ProbeResult,
@@ -46,6 +47,7 @@ from louver.probes import (
     probe,
     reidentify,
 )
+from louver.probes.identity import LEAST_IDENTITIES
 from louver.runs import RunFolder
 from louver.stochastic import Noise, Stochastic, drawing_from, silenced
 from louver.storage import write_json
@@ -185,7 +187,7 @@ def study(
         "utility": utility(task, hard, roles.test, seed=seed, device=device),
         "leakage": _leakage(found),
         "information": _information(sent, task, judging, seed),
-        "probes": _probes(sent, hard, judging, found, folder, seed, device),
+        "probes": _probes(sent, hard, roles, judging, found, folder, seed, device),
         "completion": _completion(sent, hard, task, judging, seed, device),
         "rank_privacy": _rank_privacy(hard, sent, judging.settings.observations, seed),
         "log_rank_privacy": _log_rank_privacy(hard, sent, roles, judging, seed),
@@ -252,24 +254,27 @@ class _Sent:
         self.validation_images = roles.auxiliary.take(np.sort(order[: max(2, count // 10)]))
         self.train_images = roles.auxiliary.take(np.sort(order[max(2, count // 10) :]))
 
-        def features(images: Images, noise_seed: int) -> Tensor:
-            rows = compute_features(
-                hard.edge,
-                ImageRows(images),
-                hard.cut.feature_shape,
-                device=device,
-                memory_bytes=2**31,
-                seed=noise_seed,
-                observations=judging.settings.observations,
-            )
-            return rows.rows(np.arange(len(images)))
-
+        self._edge, self._shape, self._device = hard.edge, hard.cut.feature_shape, device
+        self._observations = judging.settings.observations
         self.features = {
-            "test": features(self.test, seed + 11),
-            "train": features(self.train_images, seed + 12),
-            "validation": features(self.validation_images, seed + 13),
+            "test": self.of(self.test, seed + 11),
+            "train": self.of(self.train_images, seed + 12),
+            "validation": self.of(self.validation_images, seed + 13),
         }
         self.images = {"test": self.test, "train": self.train_images, "validation": self.validation_images}
+
+    def of(self, images: Images, noise_seed: int) -> Tensor:
+        """What the edge sends for any images."""
+        rows = compute_features(
+            self._edge,
+            ImageRows(images),
+            self._shape,
+            device=self._device,
+            memory_bytes=2**31,
+            seed=noise_seed,
+            observations=self._observations,
+        )
+        return rows.rows(np.arange(len(images)))
 
 
 def _information(sent: _Sent, task: Task, judging: Judging, seed: int) -> dict[str, Any]:
@@ -297,7 +302,14 @@ def _probe_row(column: str, on: str, found: ProbeResult) -> dict[str, Any]:
 
 
 def _probes(
-    sent: _Sent, hard: Split, judging: Judging, found: Audit, folder: Path, seed: int, device: torch.device | str
+    sent: _Sent,
+    hard: Split,
+    roles: Roles,
+    judging: Judging,
+    found: Audit,
+    folder: Path,
+    seed: int,
+    device: torch.device | str,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for column in judging.private:
@@ -316,9 +328,50 @@ def _probes(
             keys = ("accuracy", "low", "high", "chance", "beats_chance")
             facts = {key: asdict(seen)[key] for key in keys}
             rows.append({"column": judging.identity, "on": "features", "probe": how, **facts, "n": seen.n_queries})
+    rows += _probes_of_known(sent, hard, roles, judging, seed, device)
     if judging.on_reconstructions and judging.private:
         rows += _probes_on_pictures(sent, judging, found, folder, seed, device)
     return rows
+
+
+def _probes_of_known(
+    sent: _Sent, hard: Split, roles: Roles, judging: Judging, seed: int, device: torch.device | str
+) -> list[dict[str, Any]]:
+    """How well people are told apart by someone who has pictures of them; none where the training images show others.
+
+    A tenth of the pictures, of people who have three or more, is kept apart to choose on.
+    """
+    if not _knows(roles, sent.test, judging):
+        return []
+    assert judging.identity is not None
+    who = roles.train.column(judging.identity)
+    order = np.random.default_rng(seed + 5).permutation(len(who))
+    counts = dict(zip(*np.unique(who, return_counts=True), strict=True))
+    apart = np.array([i for i in order if counts[who[i]] >= 3][: max(2, len(who) // 10)])
+    # One picture of each at most, so that everyone keeps some to learn from.
+    apart = apart[np.unique(who[apart], return_index=True)[1]]
+    rest = np.setdiff1d(order, apart)
+    parts = {"train": roles.train.take(rest), "validation": roles.train.take(np.sort(apart))}
+    features = {role: sent.of(images, seed + 14 + place) for place, (role, images) in enumerate(parts.items())}
+    labels = {role: images.column(judging.identity) for role, images in parts.items()}
+    probes: list[Probe] = [NeighborProbe(), TailProbe(cloud=hard.cloud)]
+    if sum(count >= 3 for count in counts.values()) >= LEAST_IDENTITIES:
+        probes.append(MetricProbe())
+    results = probe(
+        probes,
+        features | {"test": sent.features["test"]},
+        labels | {"test": sent.test.column(judging.identity)},
+        seed=seed,
+        device=device,
+    )
+    return [_probe_row(judging.identity, "features, people known", result) for result in results]
+
+
+def _knows(roles: Roles, test: Images, judging: Judging) -> bool:
+    """Whether the training images show everyone whom the test images show."""
+    if judging.identity is None or judging.identity not in roles.train.labels:
+        return False
+    return bool(np.isin(test.column(judging.identity), roles.train.column(judging.identity)).all())
 
 
 def _labeled(
@@ -367,15 +420,14 @@ def _completion(
 
 def _log_rank_privacy(hard: Split, sent: _Sent, roles: Roles, judging: Judging, seed: int) -> dict[str, float] | None:
     """How well identities hide from someone with clean features of the training images of the same people."""
-    if judging.identity is None or judging.identity not in roles.train.labels:
+    if not _knows(roles, sent.test, judging):
         return None
+    assert judging.identity is not None
     known_of, wanted = (torch.from_numpy(one.column(judging.identity)) for one in (roles.train, sent.test))
-    if not bool(torch.isin(wanted, known_of).all()):
-        return None
     layers = [layer for layer in hard.edge.modules() if isinstance(layer, Stochastic)]
-    if any(not isinstance(layer, Noise) for layer in layers):
+    if not all(_is_gaussian(layer) for layer in layers):
         return None
-    std = float(layers[-1].std) / judging.settings.observations**0.5 if layers else 0.0  # type: ignore[arg-type]
+    std = _deviation(layers) / judging.settings.observations**0.5
     clean = _clean_features(hard, roles.train)
     found = log_rank_privacy(clean, known_of, sent.features["test"], wanted, noise_std=std)
     return _hidden(found.privacy, found.chance, found.top1, found.log_ranks, found.hits, seed)
@@ -397,6 +449,17 @@ def _hidden(
     }
 
 
+def _is_gaussian(layer: Stochastic) -> bool:
+    """Distances rank by likelihood under Gaussian noise alone; under other noise they would flatter the defense."""
+    return isinstance(layer, Noise) and layer.kind == "gaussian"
+
+
+def _deviation(layers: Sequence[Stochastic]) -> float:
+    """That of the noise which is added last, or 0."""
+    last = layers[-1] if layers else None
+    return float(last.std) if isinstance(last, Noise) else 0.0
+
+
 def _explained(hard: Split) -> float | None:
     """The share of the features' variance that the sent components carry; None where whole features are sent."""
     if not any(isinstance(module, Reconstruction) for module in hard.cloud.modules()):
@@ -414,10 +477,10 @@ def _clean_features(hard: Split, images: Images) -> Tensor:
 
 
 def _rank_privacy(hard: Split, sent: _Sent, observations: int, seed: int) -> dict[str, float] | None:
-    """How well a picture's noisy features hide among those of the other test pictures; None without noise."""
-    layers = [layer for layer in hard.edge.modules() if isinstance(layer, Noise)]
-    if not layers or any(isinstance(m, Stochastic) and not isinstance(m, Noise) for m in hard.edge.modules()):
+    """How well a picture's noisy features hide among those of other test pictures; None without Gaussian noise."""
+    layers = [layer for layer in hard.edge.modules() if isinstance(layer, Stochastic)]
+    if not layers or not all(_is_gaussian(layer) for layer in layers):
         return None
     clean = _clean_features(hard, sent.test)
-    found = rank_privacy(clean, sent.features["test"], float(layers[-1].std) / observations**0.5)
+    found = rank_privacy(clean, sent.features["test"], _deviation(layers) / observations**0.5)
     return _hidden(found.privacy, found.chance, found.top1, found.ranks, found.hits, seed)

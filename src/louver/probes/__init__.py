@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from louver.probes.base import Probe, ProbeResult, probe
 from louver.probes.completion import Completion, completion
-from louver.probes.identity import Reidentification, learned_metric, reidentify
+from louver.probes.identity import MetricProbe, Reidentification, learned_metric, reidentify
 from louver.probes.linear import LinearProbe
 from louver.probes.neighbor import NeighborProbe
 from louver.probes.tail import TailProbe
@@ -12,6 +12,7 @@ from louver.probes.tail import TailProbe
 __all__ = [
     "Completion",
     "LinearProbe",
+    "MetricProbe",
     "NeighborProbe",
     "Probe",
     "ProbeResult",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -15,8 +16,10 @@ from torch import Tensor
 from louver.errors import ConfigError, DataError
 from louver.probes.base import Labels, checked_features, standardized
 
-__all__ = ["Reidentification", "learned_metric", "reidentify"]
+__all__ = ["MetricProbe", "Reidentification", "learned_metric", "reidentify"]
 
+LEAST_IDENTITIES = 10
+"""Fewer tell nothing of how people differ."""
 _QUERIES_AT_ONCE = 512
 _TIE = 1e-6
 """Cosines that differ by less than this are rounding apart."""
@@ -139,9 +142,10 @@ def learned_metric(
     identity = _column(identities, len(rows), "identities")
     names, counts = identity.unique(return_counts=True)
     repeated = names[counts > 1]
-    if len(repeated) < 10:
+    if len(repeated) < LEAST_IDENTITIES:
         raise DataError(
-            f"learned_metric: expected 10 identities or more with two rows, got {len(repeated)}; give more labeled "
+            f"learned_metric: expected {LEAST_IDENTITIES} identities or more with two rows, got {len(repeated)}; give "
+            "more labeled "
             "images, or compare features as they are"
         )
     flat, *seen = standardized(rows, *others, device=device)
@@ -158,6 +162,47 @@ def learned_metric(
         if found.accuracy > least:
             best, least = projection, found.accuracy
     return tuple((one @ best).cpu() for one in seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricProbe:
+    """For many classes of few rows, such as known people: the nearest row, or class mean, in a learned metric.
+
+    Which of the two is chosen by accuracy on validation. The metric is `learned_metric`'s, from the training rows.
+
+    Raises:
+        DataError: (from `fit_predict`) fewer than 10 classes with two rows.
+    """
+
+    @property
+    def name(self) -> str:
+        """Always the same."""
+        return "metric"
+
+    def fit_predict(
+        self,
+        train_x: Tensor,
+        train_y: Int[Tensor, " n"],
+        validation_x: Tensor,
+        validation_y: Int[Tensor, " m"],
+        test_x: Tensor,
+        *,
+        n_classes: int,
+        seed: int,
+        device: torch.device | str,
+    ) -> Int[Tensor, " t"]:
+        """The class of the nearest known row, or of the nearest mean of a class."""
+        train, validation, test = (
+            F.normalize(rows, dim=1)
+            for rows in learned_metric(train_x, train_y, train_x, validation_x, test_x, seed=seed, device=device)
+        )
+        means = torch.zeros(n_classes, train.shape[1]).index_add_(0, train_y.cpu(), train)
+        best, answer = -1.0, torch.zeros(len(test), dtype=torch.long)
+        for known, classes in ((train, train_y.cpu()), (F.normalize(means, dim=1), torch.arange(n_classes))):
+            right = float((classes[(validation @ known.T).argmax(1)] == validation_y.cpu()).double().mean())
+            if right > best:
+                best, answer = right, classes[(test @ known.T).argmax(1)]
+        return answer
 
 
 def _within_whitened(
