@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import shlex
@@ -353,3 +354,10 @@ def test_tables_of_defenses_are_those_that_were_recorded():
         command = [sys.executable, str(ROOT / "benchmarks/table.py"), name]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert printed in shown, f"docs/hardening.md does not show the table that `{' '.join(command[1:])}` prints"
+
+
+def test_the_correlation_that_is_told_was_recorded():
+    shown = (ROOT / "docs/hardening.md").read_text(encoding="utf-8")
+    claims = json.loads((ROOT / "benchmarks/results/claims-laptop.json").read_text(encoding="utf-8"))["claims"]
+    found, low, high = claims["order of difficulty, CIFAR-10"]["Spearman"]
+    assert f"{found:.3f}\n  ({low:.3f} to {high:.3f})" in shown

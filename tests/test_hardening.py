@@ -136,6 +136,27 @@ def test_a_term_that_breaks_is_named_and_the_last_good_epoch_kept(halves, tmp_pa
     assert (tmp_path / "training-1.safetensors").is_file()
 
 
+@pytest.mark.parametrize("gradient_norm", [None, 1.0])
+def test_a_term_whose_gradient_breaks_is_named_before_it_reaches_the_weights(halves, tmp_path, gradient_norm):
+    """The square root of 0 is 0, and its slope is not finite: the loss says nothing of it."""
+
+    class Breaking(NoPeek):
+        def pressure(self, split, *, is_mending, seed):
+            class Term(Pressure):
+                calls = 0
+
+                def terms(self, split, batch):
+                    Term.calls += 1
+                    off = 0.0 if Term.calls > 2 * 6 else 1.0
+                    return {"spite": ((batch.features * 0).square().sum() + off).sqrt()}
+
+            return Term()
+
+    config = dataclasses.replace(CONFIG, gradient_norm=gradient_norm)
+    with pytest.raises(ConfigError, match=r"epoch 3 of 4: the gradient is nan, through 'spite'.*holds epoch 2"):
+        hardened(halves, Breaking(), folder=tmp_path, config=config)
+
+
 def test_a_batch_of_one_cannot_be_correlated(halves):
     one = TRAIN.take(slice(0, 2))
     with pytest.raises((ConfigError, DataError), match="batch"):

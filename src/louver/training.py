@@ -325,19 +325,8 @@ def _train_epoch(
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         wanted = targets[batch].to(device)
-        features, outputs, task_loss = module(x, wanted, smoothing)
-        terms = {"task": pressure.task_weight * task_loss}
-        if isinstance(network, Split):
-            seen = Batch(
-                images=x,
-                features=features,
-                outputs=outputs,
-                targets=wanted,
-                done=(run.epoch + index / len(batches)) / epochs,
-                autocast=fabric.autocast,
-            )
-            pressure.before(network, seen)
-            terms |= pressure.terms(network, seen)
+        done = (run.epoch + index / len(batches)) / epochs
+        terms = _terms(run, module, x, wanted, smoothing, done, fabric, is_first=True)
         loss = torch.stack(list(terms.values())).sum()
         values = {"loss": float(loss.detach())} | {name: float(term.detach()) for name, term in terms.items()}
         _check_finite(run, values, config, epochs, checkpoint)
@@ -345,6 +334,10 @@ def _train_epoch(
         fabric.backward(loss)
         if config.gradient_norm is not None:
             fabric.clip_gradients(module, optimizer, max_norm=config.gradient_norm, error_if_nonfinite=False)
+        gradients = [p.grad for p in run.trainee.parameters() if p.grad is not None]
+        if gradients and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+            again = _terms(run, module, x, wanted, smoothing, done, fabric, is_first=False)
+            _check_finite(run, _gradients_of(again, run.trainee), config, epochs, checkpoint, what="the gradient")
         optimizer.step()
         if isinstance(network, Split):
             pressure.after(network, learning_rate=rate)
@@ -358,8 +351,50 @@ def _train_epoch(
     return means if len(means) > 2 else {"loss": means["loss"]}
 
 
+def _terms(
+    run: _Run,
+    module: Any,  # noqa: ANN401 - Fabric's own
+    x: Tensor,
+    wanted: Tensor,
+    smoothing: float,
+    done: float,
+    fabric: Fabric,
+    *,
+    is_first: bool,
+) -> dict[str, Tensor]:
+    """Every term of the loss on one batch, by name; the adversary of a pressure takes its step only the first time."""
+    network, pressure = run.trainee.network, run.pressure
+    features, outputs, task_loss = module(x, wanted, smoothing)
+    terms = {"task": pressure.task_weight * task_loss}
+    if isinstance(network, Split):
+        seen = Batch(images=x, features=features, outputs=outputs, targets=wanted, done=done, autocast=fabric.autocast)
+        if is_first:
+            pressure.before(network, seen)
+        terms |= pressure.terms(network, seen)
+    return terms
+
+
+def _gradients_of(terms: Mapping[str, Tensor], trainee: nn.Module) -> dict[str, float]:
+    """For each term NaN where its gradient is not finite, else 0; "loss" is NaN: the whole of them was not."""
+    parameters = [p for p in trainee.parameters() if p.requires_grad]
+    found = {"loss": math.nan}
+    for name, term in terms.items():
+        if not term.requires_grad:
+            continue
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        is_finite = all(bool(one.isfinite().all()) for one in gradients if one is not None)
+        found[name] = 0.0 if is_finite else math.nan
+    return found
+
+
 def _check_finite(
-    run: _Run, values: Mapping[str, float], config: Training, epochs: int, checkpoint: Path | None
+    run: _Run,
+    values: Mapping[str, float],
+    config: Training,
+    epochs: int,
+    checkpoint: Path | None,
+    *,
+    what: str = "the loss",
 ) -> None:
     broken = {name: value for name, value in values.items() if not math.isfinite(value)}
     if not broken:
@@ -368,7 +403,7 @@ def _check_finite(
     name = next((name for name in broken if name != "loss"), "loss")
     kept = f"{checkpoint} holds epoch {run.epoch}" if checkpoint and run.epoch else "no epoch was finished"
     raise ConfigError(
-        f"training broke in epoch {run.epoch + 1} of {epochs}: the loss is {values.get('loss', broken[name])}, through "
+        f"training broke in epoch {run.epoch + 1} of {epochs}: {what} is {values.get('loss', broken[name])}, through "
         f"{name!r}; lower lr (now {config.lr:g}), the weight of that term, or lengthen warmup, and train from the "
         f"start ({kept})"
     )
