@@ -16,7 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 from louver.bundle import CLOUD, Bundle, read_bundle
 from louver.errors import BundleError
 
-__all__ = ["FEATURE", "RUN_ERRORS", "SCORES", "Model", "load_model"]
+__all__ = ["FEATURE", "RUN_ERRORS", "SCORES", "Model", "load_model", "verified"]
 
 FEATURE, SCORES = "feature", "scores"
 """The one input and the one output, in the graph and on the wire."""
@@ -60,7 +60,7 @@ def load_model(folder: Path, *, threads: int) -> Model:
     """
     try:
         bundle = read_bundle(folder)
-        content = _verified(bundle)
+        content = verified(bundle)
     except OSError as error:
         raise BundleError(f"{folder}: {error.strerror}; see who may read it") from error
     options = onnxruntime.SessionOptions()
@@ -99,8 +99,12 @@ def load_model(folder: Path, *, threads: int) -> Model:
     )
 
 
-def _verified(bundle: Bundle) -> bytes:
-    """The bytes of the graph whose hash is that of the manifest: read once, so that none can change in between."""
+def verified(bundle: Bundle) -> bytes:
+    """The bytes of the graph whose hash is that of the manifest: read once, so that none can change in between.
+
+    Raises:
+        BundleError: no graph, or a changed byte.
+    """
     path = bundle.path(CLOUD)
     if not path.is_file():
         raise BundleError(f"expected {CLOUD} in {bundle.folder}, got none; copy the whole bundle")
