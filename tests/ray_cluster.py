@@ -25,7 +25,6 @@ def main() -> None:
             object_store_memory=100 * 2**20,
             include_dashboard=False,
             node_ip_address="127.0.0.1",
-            temp_dir=sys.argv[1],
             **ports(
                 "node_manager_port",
                 "object_manager_port",

@@ -49,17 +49,6 @@ def _cloud() -> Iterator[None]:
         raise MissingExtraError(f"this command needs {error.name}: pip install 'louver[cloud]'") from error
 
 
-@contextmanager
-def _ray() -> Iterator[None]:
-    """As `_cloud`, for Ray."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
-            raise
-        raise MissingExtraError("--engine ray needs ray: pip install 'louver[cloud,ray]'") from error
-
-
 def serve(
     paths: Annotated[list[Path], typer.Argument(help="Bundles, or folders of bundles.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -156,26 +145,25 @@ def serve(
         batching = Batching(**{**vars(batching), "threads": threads})
     settings = Settings(limits=limits, tokens=tokens, budgets=budgets)
     if engine is Engine.ray:
-        with _ray():
-            from louver.cloud.ray_engine import Scaling, serve_on_ray
+        from louver.cloud.ray_engine import Scaling, serve_on_ray
 
-            scaling = Scaling(
-                min_replicas=min_replicas,
-                max_replicas=max_replicas,
-                target_requests=target_requests,
-                up_s=scale_up_s,
-                down_s=scale_down_s,
-                address=ray_address,
-            )
-            serve_on_ray(
-                paths,
-                settings,
-                batching,
-                listening,
-                scaling,
-                keep_s=keep_s,
-                started=lambda found: _tell(listening, found, as_json=as_json),
-            )
+        scaling = Scaling(
+            min_replicas=min_replicas,
+            max_replicas=max_replicas,
+            target_requests=target_requests,
+            up_s=scale_up_s,
+            down_s=scale_down_s,
+            address=ray_address,
+        )
+        serve_on_ray(
+            paths,
+            settings,
+            batching,
+            listening,
+            scaling,
+            keep_s=keep_s,
+            started=lambda found: _tell(listening, found, as_json=as_json),
+        )
         return
     repository = Repository(paths, batching=batching, keep_s=keep_s)
     app = create_app(repository, settings)

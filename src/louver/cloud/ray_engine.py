@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import secrets
@@ -32,7 +33,7 @@ from louver.cloud.repository import Repository
 from louver.cloud.server import Addresses, Listening, Started, free_port, serve_metrics
 from louver.cloud.settings import Batching, Settings
 from louver.cloud.tokens import read_clients
-from louver.errors import CloudError, ConfigError
+from louver.errors import CloudError, ConfigError, MissingExtraError
 
 __all__ = ["Scaling", "serve_on_ray"]
 
@@ -90,7 +91,11 @@ def serve_on_ray(
         ConfigError: too little protection for its address, a taken port, or a cluster that cannot be used.
         BundleError: what is in `paths` cannot be served.
         CloudError: Ray did not start.
+        MissingExtraError: Ray is not installed.
     """
+    # Not imported yet: what Ray reads of its environment, it reads then.
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("--engine ray needs ray: pip install 'louver[cloud,ray]'")
     listening.check(has_tokens=settings.tokens is not None)
     models, n_bytes = _checked(paths, batching)
     with contextlib.ExitStack() as stack:
