@@ -6,10 +6,12 @@ import asyncio
 import gzip
 import http.client
 import importlib.util
+import ipaddress
 import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -22,8 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bundles import toy_bundle
+from certificates import Authority
 from louver.cloud import Repository, Settings, create_app
 from louver.cloud.tokens import add_client, remove_client
 from servers import Running, ask, asking, features, infer_path, truth
@@ -329,8 +334,39 @@ def test_sigterm_drains(place):
     assert json.loads((folder / "tokens.json.budgets").read_text())["accounts"]["poor"]["total_images"] == 4
 
 
-def test_a_cluster_of_its_own_leaves_nothing_behind_even_when_killed(tmp_path):
+def test_whoever_has_lost_the_keeper_answers_nothing_and_is_replaced(place, cluster, tmp_path):
+    """After `kill -9` of `louver serve` on a cluster that lives on, tokens and budgets have nobody who knows them."""
+    _, first, _, _ = place
+    assert first.process.poll() is not None, "the cluster is free"
+    bundle = toy_bundle(tmp_path / "b")
+    body, headers = asking(features(3))
+    with ray_server(tmp_path / "log", tmp_path / "b", options=("--ray-address", cluster)) as server:
+        assert server.ask(infer_path(bundle), body, headers).status == 200
+        words = [sys.executable, "-m", "louver", "serve", str(tmp_path / "b"), "--port", "0", "--engine", "ray"]
+        second = subprocess.run(
+            [*words, "--ray-address", cluster],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env={**os.environ, **LOCAL},
+        )
+        assert (second.returncode, "Ray Serve runs on this cluster already" in second.stderr) == (2, True)
+        server.process.kill()
+        server.process.wait(10)
+        eventually(lambda: server.ask(infer_path(bundle), body, headers).status == 503, within_s=30)
+    with ray_server(tmp_path / "log", tmp_path / "b", options=("--ray-address", cluster)) as server:
+        assert server.ask(infer_path(bundle), body, headers).status == 200
+
+
+def test_a_cluster_of_its_own_speaks_tls_and_leaves_nothing_behind_even_when_killed(tmp_path):
     toy_bundle(tmp_path / "b")
+    authority = Authority(tmp_path / "ca", "authority")
+    certificate, key = authority.issue("server", names=(x509.IPAddress(ipaddress.ip_address("127.0.0.1")),))
+    options = ("--tls-cert", str(certificate), "--tls-key", str(key), "--client-ca", str(authority.ca))
+    stranger = ssl.create_default_context(cafile=authority.ca)
+    device = ssl.create_default_context(cafile=authority.ca)
+    device.load_cert_chain(*authority.issue("device", usage=ExtendedKeyUsageOID.CLIENT_AUTH))
 
     def left() -> list[str]:
         told = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -338,8 +374,13 @@ def test_a_cluster_of_its_own_leaves_nothing_behind_even_when_killed(tmp_path):
 
     eventually(lambda: left() == [] or "louver" not in "".join(left()), within_s=10)
     before = len(left())
-    with ray_server(tmp_path / "log", tmp_path / "b") as server:
-        assert server.ask("/v2/models/toy/infer", *asking(features(3))).status == 200
+    with ray_server(tmp_path / "log", tmp_path / "b", options=options) as server:
+        assert server.told["rest"].startswith("https://")
+        assert server.ask("/v2/models/toy/infer", *asking(features(3)), tls=device).status == 200
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            server.ask("/v2/health/ready", tls=stranger)
+        with pytest.raises((OSError, http.client.HTTPException)):
+            server.ask("/v2/health/ready")
         assert len(left()) > before
         server.process.kill()
         server.process.wait(10)
