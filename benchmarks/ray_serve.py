@@ -1,8 +1,8 @@
 """Ray: images a second for each replica, for one, two and three of them, and requests lost while one becomes three.
 
-Every number of replicas is a cluster of its own on this machine, with tokens, metrics and logs on; each replica runs one
-image batch at a time on one thread. On fewer cores than replicas, clients, HAProxy and Ray need, replicas share them:
-compare the figures with the cores that are recorded beside them.
+Every number of replicas is a cluster of its own on this machine, with tokens, metrics and logs on; each replica runs
+one batch at a time on one thread. On fewer cores than replicas, clients, HAProxy and Ray need, replicas share them:
+compare the figures with the cores that are recorded beside them. Needs ray and torch in one environment.
 
     python benchmarks/ray_serve.py [--seconds 10] [--rounds 3] [--bundle DIR] [--dry]
 """
@@ -55,7 +55,7 @@ async def await_replicas(told: dict[str, Any], wanted: int) -> float:
 
 
 async def statuses_while_scaling(told: dict[str, Any], bundle: Bundle, token: str) -> tuple[Counter[str], float]:
-    """What became of every request from the first until some seconds after the third replica, and how long that took."""
+    """What became of each request until some seconds after the last replica came, and how long it took to come."""
     body, head = body_of(bundle)
     host, _, port = told["rest"].removeprefix("http://").rpartition(":")
     request = (
@@ -115,8 +115,8 @@ def main() -> None:
                 "rounds": [round(rate, 1) for rate in rates],
             }
             print(count, json.dumps(figures["images_per_s"][count]), flush=True)
-        options = ("--max-replicas", str(REPLICAS[-1]), "--target-requests", "2", "--scale-up-s", "1")
-        with started(*command(bundle, tokens, *options)) as told:
+        scaling = ("--max-replicas", str(REPLICAS[-1]), "--target-requests", "2", "--scale-up-s", "1")
+        with started(*command(bundle, tokens, *scaling)) as told:
             statuses, seconds = asyncio.run(statuses_while_scaling(told, bundle, token))
         figures["scaling"] = {
             "answered": statuses["200"],

@@ -384,4 +384,4 @@ def test_a_cluster_of_its_own_speaks_tls_and_leaves_nothing_behind_even_when_kil
         assert len(left()) > before
         server.process.kill()
         server.process.wait(10)
-        eventually(lambda: len(left()) <= before, within_s=40)
+        eventually(lambda: len(left()) <= before, within_s=60)

@@ -43,7 +43,7 @@ _BECOME = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.a
 
 @dataclass(frozen=True, kw_only=True)
 class Front:
-    """Where clients reach HAProxy. pem: certificates and key in one file. head_s: to send the head of a request."""
+    """Where clients reach HAProxy. pem: certificates, with the key beside them. head_s: to send a head."""
 
     host: str
     port: int

@@ -83,17 +83,16 @@ def _without_haproxy(listening: Listening) -> None:
 
 
 def _pem(folder: Path, listening: Listening) -> Path | None:
-    """Certificates and key in one file, as HAProxy wants them, for nobody else to read."""
+    """Certificates and, beside them, the key under the name by which HAProxy finds it; both where they were."""
     if listening.tls_cert is None or listening.tls_key is None:
         return None
-    path = folder / "server.pem"
-    try:
-        content = listening.tls_cert.read_bytes().rstrip() + b"\n" + listening.tls_key.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}; expected a file in PEM") from error
-    path.touch(mode=0o600)
-    path.write_bytes(content)
-    return path
+    for path in (listening.tls_cert, listening.tls_key):
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"expected a file in PEM in {path}, got none that can be read")
+    found = folder / "server.pem"
+    found.symlink_to(listening.tls_cert.resolve())
+    (folder / "server.pem.key").symlink_to(listening.tls_key.resolve())
+    return found
 
 
 @contextlib.contextmanager
