@@ -16,10 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from louver.errors import MissingExtraError
+from louver.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
-    from louver.cloud import Addresses, App, Listening
+    from louver.cloud import Addresses, Listening, Started
 
 __all__ = ["serve", "token"]
 
@@ -35,6 +35,7 @@ class Engine(StrEnum):
     """Where the cloud half runs."""
 
     local = "local"
+    ray = "ray"
 
 
 @contextmanager
@@ -93,7 +94,21 @@ def serve(
     drain_s: Annotated[
         float, typer.Option(min=0, help="After SIGTERM: how long to go on listening while not ready.")
     ] = 5.0,
-    engine: Annotated[Engine, typer.Option(help="Where it runs.")] = Engine.local,
+    engine: Annotated[
+        Engine, typer.Option(help="Where it runs: in this process, or in replicas that Ray Serve starts and ends.")
+    ] = Engine.local,
+    min_replicas: Annotated[int, typer.Option(min=1, help="With ray: fewest replicas.")] = 1,
+    max_replicas: Annotated[int, typer.Option(min=1, help="With ray: most replicas.")] = 4,
+    target_requests: Annotated[
+        float, typer.Option(min=0.1, help="With ray: requests under way in a replica that count as enough.")
+    ] = 16.0,
+    scale_up_s: Annotated[float, typer.Option(min=0, help="With ray: seconds of too much until one is added.")] = 5.0,
+    scale_down_s: Annotated[
+        float, typer.Option(min=0, help="With ray: seconds of too little until one is ended.")
+    ] = 120.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="With ray: a cluster that runs already, HOST:PORT; one is started by default.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve the cloud halves of bundles, by the Open Inference Protocol over REST and gRPC.
@@ -103,9 +118,8 @@ def serve(
     with _cloud():
         import uvloop
 
-        from louver.cloud import Batching, Limits, Listening, Repository, Settings, create_app
+        from louver.cloud import Batching, Limits, Listening, Repository, Settings, Started, create_app
         from louver.cloud import serve as serve_app
-    assert engine is Engine.local
     _log_lines()
     listening = Listening(
         host=host,
@@ -132,10 +146,43 @@ def serve(
     batching = Batching(max_rows=max_batch, max_delay_s=max_delay_ms / 1000, queue=queue, workers=workers)
     if threads is not None:
         batching = Batching(**{**vars(batching), "threads": threads})
+    settings = Settings(limits=limits, tokens=tokens, budgets=budgets)
+    if engine is Engine.ray:
+        from louver.cloud.ray_engine import Scaling, serve_on_ray
+
+        if maker_key is not None:
+            raise ConfigError(
+                "--maker-key is for the local engine; check the bundles by `louver verify` before Ray gets them"
+            )
+        scaling = Scaling(
+            min_replicas=min_replicas,
+            max_replicas=max_replicas,
+            target_requests=target_requests,
+            up_s=scale_up_s,
+            down_s=scale_down_s,
+            address=ray_address,
+        )
+        serve_on_ray(
+            paths,
+            settings,
+            batching,
+            listening,
+            scaling,
+            keep_s=keep_s,
+            started=lambda found: _tell(listening, found, as_json=as_json),
+        )
+        return
     repository = Repository(paths, batching=batching, keep_s=keep_s, maker_key=maker_key)
-    app = create_app(repository, Settings(limits=limits, tokens=tokens, budgets=budgets))
+    app = create_app(repository, settings)
+
+    def tell(found: Addresses) -> None:
+        clients = app.service.clients
+        models = tuple(one.model for one in repository.current)
+        n_clients = len(clients.all) if clients is not None else None
+        _tell(listening, Started(addresses=found, models=models, n_clients=n_clients), as_json=as_json)
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve_app(app, listening, started=lambda found: _tell(app, listening, found, as_json=as_json)))
+        runner.run(serve_app(app, listening, started=tell))
     repository.close()
 
 
@@ -202,10 +249,9 @@ def _log_lines() -> None:
     logging.getLogger("louver.cloud").setLevel(logging.INFO)
 
 
-def _tell(app: App, listening: Listening, found: Addresses, *, as_json: bool) -> None:
+def _tell(listening: Listening, started: Started, *, as_json: bool) -> None:
     """Where the server is, what it serves, and what protects it."""
-    service = app.service
-    models = [one.model for one in service.repository.current]
+    found, models = started.addresses, started.models
     if as_json:
         content = {
             "rest": found.rest,
@@ -224,11 +270,10 @@ def _tell(app: App, listening: Listening, found: Addresses, *, as_json: bool) ->
         table.add_row("model", f"{one.name}, version {one.version}: {one.datatype} {shape}")
     has_tls = listening.tls_cert is not None
     certificates = ", clients by certificate" if listening.client_ca is not None else ""
-    n_clients = len(service.clients.all) if service.clients is not None else 0
     table.add_row("TLS", ("yes" if has_tls else "no") + certificates)
-    table.add_row("tokens", f"{n_clients} clients" if service.clients is not None else "none")
+    table.add_row("tokens", f"{started.n_clients} clients" if started.n_clients is not None else "none")
     console.print(table)
-    if service.clients is None:
+    if started.n_clients is None:
         who = "this machine" if listening.is_loopback else "anywhere"
         console.print(
             f"warning: whoever reaches this from {who} may ask without limit; --tokens FILE asks who they are",

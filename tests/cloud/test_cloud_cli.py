@@ -65,7 +65,8 @@ def test_what_cannot_be_served_is_said_before_anything_listens(run, tmp_path):
         (("b", "--tokens", "none.json"), "louver token add"),
         (("b", "--budgets", "b.json"), "tokens too"),
         (("b", "--max-batch", "0"), "--max-batch"),
-        (("b", "--engine", "ray"), "local"),
+        (("b", "--engine", "moon"), "local"),
+        (("b", "--engine", "ray", "--min-replicas", "5"), "--min-replicas <= --max-replicas"),
     ):
         code, _, error = run("serve", *words)
         assert (code, told in error) == (2, True), (words, error)
@@ -163,6 +164,13 @@ main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "pip install 'louver[cloud]'" in done.stderr
+
+
+def test_ray_is_asked_for_where_it_is_missing(run, tmp_path, monkeypatch):
+    toy_bundle(tmp_path / "b")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, error = run("serve", "b", "--engine", "ray")
+    assert (code, "pip install 'louver[cloud,ray]'" in error) == (2, True), error
 
 
 def test_the_server_needs_no_lab():

@@ -6,7 +6,7 @@ listeners for REST and gRPC on one machine. Needs the extra `cloud`, and no torc
 
 from louver.cloud.app import App, create_app
 from louver.cloud.repository import Repository
-from louver.cloud.server import Addresses, Listening, serve
+from louver.cloud.server import Addresses, Listening, Started, serve
 from louver.cloud.settings import Batching, Limits, Settings
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Listening",
     "Repository",
     "Settings",
+    "Started",
     "create_app",
     "serve",
 ]

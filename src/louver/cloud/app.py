@@ -22,7 +22,7 @@ from louver.cloud.encoding import decode
 from louver.cloud.protocol import answer_call, model_metadata, read_call
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.repository import Repository
-from louver.cloud.service import GONE, Request, Service
+from louver.cloud.service import GONE, Common, Request, Service
 from louver.cloud.settings import Settings
 
 __all__ = ["EXTENSIONS", "App", "create_app"]
@@ -123,8 +123,8 @@ class App:
         return _not_here(allowed), {}
 
 
-def create_app(repository: Repository, settings: Settings) -> App:
-    """The ASGI application that serves what is in `repository`.
+def create_app(repository: Repository, settings: Settings, *, common: Common | None = None) -> App:
+    """The ASGI application that serves what is in `repository`; `common`: clients and limits kept for several servers.
 
     Raises:
         ConfigError: the file of tokens is not as it must be.
@@ -141,7 +141,7 @@ def create_app(repository: Repository, settings: Settings) -> App:
         Route("GET", "/v2/models/{model}/versions/{version}", _model),
         Route("GET", "/v2", _server),
     ]
-    return App(Service(repository, settings), routes)
+    return App(Service(repository, settings, common=common), routes)
 
 
 async def _lifespan(service: Service, receive: Receive, send: Send) -> None:
@@ -217,7 +217,7 @@ async def _infer(exchange: _Exchange) -> None:
 
 async def _infer_as(exchange: _Exchange, request: Request) -> None:
     service, parts, headers = exchange.service, exchange.parts, exchange.headers
-    service.admit(request, headers.get(b"authorization"))
+    await service.admit(request, headers.get(b"authorization"))
     request.served = served = service.repository.find(parts["model"], parts.get("version"))
     head = _length(headers, b"inference-header-content-length")
     content = await _read_body(exchange, request)

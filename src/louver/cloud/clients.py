@@ -26,24 +26,26 @@ class Clients:
     """The clients of a file, read again within a second of a change.
 
     A file that has become unreadable leaves the clients that were known, and says so in the log; a file that is gone
-    leaves nobody: whoever takes it away means to shut the door.
+    leaves nobody: whoever takes it away means to shut the door. Without a file, they are those of the last `replace`.
 
     Raises:
         ConfigError: the file is not as it must be now.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._clock = clock
-        self._mark = _mark(path)
+        self._mark = _mark(path) if path is not None else None
         self._known: dict[bytes, Client] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
-        self._set(read_clients(path))
+        if path is not None:
+            self.replace(read_clients(path))
         self._looked = clock()
 
     @property
     def all(self) -> list[Client]:
         """Everyone known now."""
+        self._refresh()
         return list(self._known.values())
 
     def identify(self, authorization: bytes | None) -> Client:
@@ -83,9 +85,15 @@ class Clients:
             raise Refusal(429, f"client {client.name} may ask {rate:g} times a second", retry_after_s=(1 - left) / rate)
         self._buckets[client.name] = (left - 1, now)
 
+    def replace(self, clients: tuple[Client, ...]) -> None:
+        """Knows these from now on, and nobody else."""
+        self._known = {bytes.fromhex(one.sha256): one for one in clients}
+        names = {one.name for one in clients}
+        self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
+
     def _refresh(self) -> None:
         now = self._clock()
-        if now - self._looked < _LOOK_EVERY_S:
+        if self._path is None or now - self._looked < _LOOK_EVERY_S:
             return
         self._looked = now
         mark = _mark(self._path)
@@ -93,20 +101,15 @@ class Clients:
             return
         self._mark = mark
         if mark is None:
-            self._set(())
+            self.replace(())
             _log.error("tokens gone: nobody is known anymore", extra={"file": str(self._path)})
             return
         try:
-            self._set(read_clients(self._path))
+            self.replace(read_clients(self._path))
         except ConfigError as error:
             _log.error("tokens not read: those known before go on", extra={"reason": str(error)})
         else:
             _log.info("tokens read", extra={"clients": len(self._known)})
-
-    def _set(self, clients: tuple[Client, ...]) -> None:
-        self._known = {bytes.fromhex(one.sha256): one for one in clients}
-        names = {one.name for one in clients}
-        self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

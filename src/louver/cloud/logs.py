@@ -25,7 +25,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "event": record.getMessage(),
         }
-        found |= {key: value for key, value in vars(record).items() if key not in _OWN}
+        found |= {key: value for key, value in vars(record).items() if key not in _OWN and not key.startswith("_")}
         if record.exc_info and record.exc_info[0] is not None:
             # The place and the kind; the message of an exception may hold what a client sent.
             found["error"] = record.exc_info[0].__name__

@@ -17,7 +17,7 @@ from louver.bundle import CLOUD, Bundle, read_bundle
 from louver.errors import BundleError
 from louver.signing import verify_bundle
 
-__all__ = ["FEATURE", "RUN_ERRORS", "SCORES", "Model", "load_model"]
+__all__ = ["FEATURE", "RUN_ERRORS", "SCORES", "Model", "load_model", "verified"]
 
 FEATURE, SCORES = "feature", "scores"
 """The one input and the one output, in the graph and on the wire."""
@@ -61,7 +61,7 @@ def load_model(folder: Path, *, threads: int, maker_key: Path | None = None) -> 
     """
     try:
         bundle = read_bundle(folder) if maker_key is None else verify_bundle(folder, key=maker_key)
-        content = _verified(bundle)
+        content = verified(bundle)
     except OSError as error:
         raise BundleError(f"{folder}: {error.strerror}; see who may read it") from error
     options = onnxruntime.SessionOptions()
@@ -100,8 +100,12 @@ def load_model(folder: Path, *, threads: int, maker_key: Path | None = None) -> 
     )
 
 
-def _verified(bundle: Bundle) -> bytes:
-    """The bytes of the graph whose hash is that of the manifest: read once, so that none can change in between."""
+def verified(bundle: Bundle) -> bytes:
+    """The bytes of the graph whose hash is that of the manifest: read once, so that none can change in between.
+
+    Raises:
+        BundleError: no graph, or a changed byte.
+    """
     path = bundle.path(CLOUD)
     if not path.is_file():
         raise BundleError(f"expected {CLOUD} in {bundle.folder}, got none; copy the whole bundle")

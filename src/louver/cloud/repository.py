@@ -14,7 +14,7 @@ from louver.cloud.refusals import Refusal, shown
 from louver.cloud.settings import Batching
 from louver.errors import BundleError, ConfigError
 
-__all__ = ["Repository", "Served"]
+__all__ = ["Repository", "Served", "bundles_in"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,7 +150,7 @@ class Repository:
         found: dict[Path, Served] = {}
         for path in self._paths:
             try:
-                folders = _bundles_in(path)
+                folders = bundles_in(path)
             except BundleError as error:
                 if failures is None:
                     raise
@@ -181,7 +181,12 @@ class Repository:
         return Served(model=model, batcher=Batcher(model.run, self._workers, self.batching, told=tell), told=told)
 
 
-def _bundles_in(path: Path) -> list[Path]:
+def bundles_in(path: Path) -> list[Path]:
+    """The folders of bundles that `path` is or holds.
+
+    Raises:
+        BundleError: it neither is a bundle nor holds any.
+    """
     try:
         if (path / MANIFEST).is_file():
             return [path]

@@ -149,7 +149,7 @@ async def _infer(service: Service, content: bytes, context: Context) -> bytes:
     request = Request("grpc", n_bytes=len(content))
     try:
         service.hold(request, 2 * len(content))  # the message, and what is parsed of it
-        service.admit(request, _authorization(context))
+        await service.admit(request, _authorization(context))
         asked = _parsed(messages.ModelInferRequest, content)
         request.served = served = service.repository.find(asked.model_name, asked.model_version)
         call = _read_call(asked, served.model, service.settings.limits)

@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,12 @@ import uvicorn
 from louver.cloud.app import App, Receive, Scope, Send
 from louver.cloud.connections import GuardedProtocol, sweep
 from louver.cloud.metrics import CONTENT_TYPE
+from louver.cloud.models import Model
 from louver.cloud.rpc import Tls, create_rpc_server
 from louver.cloud.service import Service
 from louver.errors import ConfigError
 
-__all__ = ["Addresses", "Listening", "serve"]
+__all__ = ["Addresses", "Listening", "Started", "free_port", "serve", "serve_metrics"]
 
 _log = logging.getLogger("louver.cloud")
 _SWEEP_S = 1.0
@@ -97,6 +98,15 @@ class Addresses:
     metrics: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """What a server says of itself once it listens. n_clients: None where nobody is asked who they are."""
+
+    addresses: Addresses
+    models: tuple[Model, ...]
+    n_clients: int | None
+
+
 async def serve(app: App, listening: Listening, *, started: Callable[[Addresses], None]) -> None:
     """Serves until SIGTERM or SIGINT, then ends in order: not ready, drained, closed. SIGHUP reads the bundles again.
 
@@ -117,7 +127,11 @@ async def serve(app: App, listening: Listening, *, started: Callable[[Addresses]
         metrics = rpc = rpc_address = None
         if listening.metrics_port is not None:
             sockets.append(stack.enter_context(_socket("127.0.0.1", listening.metrics_port)))
-            servers.append(_metrics_server(service))
+
+            async def text() -> bytes:
+                return service.metrics_text()
+
+            servers.append(_metrics_server(text))
             metrics = f"http://127.0.0.1:{sockets[-1].getsockname()[1]}/metrics"
         if listening.grpc_port is not None:
             rpc, port = create_rpc_server(service, f"{host}:{listening.grpc_port}", tls)
@@ -234,10 +248,40 @@ def _rest_server(app: App, listening: Listening) -> _Server:
     return _Server(config)
 
 
-def _metrics_server(service: Service) -> _Server:
+@contextlib.asynccontextmanager
+async def serve_metrics(port: int, text: Callable[[], Awaitable[bytes]]) -> AsyncIterator[str]:
+    """Serves `text()` to Prometheus on 127.0.0.1, and gives the address; 0 takes a free port.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    with _socket("127.0.0.1", port) as listener:
+        server = _metrics_server(text)
+        running = asyncio.get_running_loop().create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.005)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/metrics"
+        finally:
+            server.should_exit = True
+            await running
+
+
+def free_port(host: str, port: int = 0) -> int:
+    """`port` if nobody listens there, and for 0 one where nobody does at this moment.
+
+    Raises:
+        ConfigError: it is taken.
+    """
+    with _socket(host, port) as found:
+        chosen: int = found.getsockname()[1]
+    return chosen
+
+
+def _metrics_server(text: Callable[[], Awaitable[bytes]]) -> _Server:
     async def metrics_app(scope: Scope, receive: Receive, send: Send) -> None:
         is_found = scope["type"] == "http" and scope["path"] == "/metrics" and scope["method"] == "GET"
-        body = service.metrics_text() if is_found else b"expected GET /metrics\n"
+        body = await text() if is_found else b"expected GET /metrics\n"
         headers = [(b"content-type", CONTENT_TYPE.encode()), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200 if is_found else 404, "headers": headers})
         await send({"type": "http.response.body", "body": body})

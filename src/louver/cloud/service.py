@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,7 @@ from louver.cloud.settings import Settings
 from louver.cloud.tokens import Client
 from louver.errors import StorageError
 
-__all__ = ["GONE", "Request", "Service"]
+__all__ = ["GONE", "Common", "Request", "Service"]
 
 _log = logging.getLogger("louver.cloud")
 GONE = 499
@@ -42,21 +43,48 @@ class Request:
     since: float = field(default_factory=time.perf_counter)
 
 
+Charge = Callable[[Client, int, str, bytes], Awaitable[Callable[[], None]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What several servers have in common, and one process keeps for all of them: see `keeper.py`.
+
+    clients: None where nobody is asked who they are. admit: counts a request of a client with a rate. charge: as that
+    of `Budgets`.
+
+    Raises:
+        Refusal: `admit` 429 and 503; `charge` 403 and 503.
+    """
+
+    clients: Clients | None
+    admit: Callable[[Client], Awaitable[None]]
+    charge: Charge
+
+
 class Service:
     """The parts of one server, and the way of a request through them. It belongs to one event loop.
+
+    With `common`, clients and their limits are not its own.
 
     Raises:
         ConfigError: the file of tokens is not as it must be.
         StorageError: the budgets are damaged, or another server holds them.
     """
 
-    def __init__(self, repository: Repository, settings: Settings) -> None:
+    def __init__(self, repository: Repository, settings: Settings, *, common: Common | None = None) -> None:
         self.repository = repository
         self.settings = settings
         self.lines = RequestLines()
-        self.clients = Clients(settings.tokens) if settings.tokens is not None else None
-        path = settings.budgets_path
-        self.budgets = Budgets(path, retry_window_s=settings.retry_window_s) if path is not None else None
+        self.clients: Clients | None = None
+        self.budgets: Budgets | None = None
+        self._common = common
+        if common is not None:
+            self.clients = common.clients
+        elif settings.tokens is not None:
+            self.clients = Clients(settings.tokens)
+        if common is None and settings.budgets_path is not None:
+            self.budgets = Budgets(settings.budgets_path, retry_window_s=settings.retry_window_s)
         self.metrics = Metrics(repository, self.clients, self.budgets)
         self.is_draining = False
         self.held_bytes = 0
@@ -84,14 +112,17 @@ class Service:
         """
         return self.clients.identify(authorization) if self.clients is not None else ANYONE
 
-    def admit(self, request: Request, authorization: bytes | None) -> None:
+    async def admit(self, request: Request, authorization: bytes | None) -> None:
         """Who asks, and whether now: all that can be refused before anything else is read.
 
         Raises:
-            Refusal: 401, 429.
+            Refusal: 401, 429, and 503 where rates are kept elsewhere and cannot be asked for.
         """
         request.client = self.identify(authorization)
-        if self.clients is not None:
+        if self._common is not None:
+            if request.client.requests_per_s is not None:
+                await self._common.admit(request.client)
+        elif self.clients is not None:
             self.clients.admit(request.client)
 
     def hold(self, request: Request, n_bytes: int) -> None:
@@ -115,10 +146,13 @@ class Service:
         assert request.client is not None
         request.rows = len(call.feature)
         self.metrics.watch(request.served)
-        if self.budgets is None or not request.client.has_budget:
+        charge: Charge | None = self.budgets.charge if self.budgets is not None else None
+        if self._common is not None:
+            charge = self._common.charge
+        if charge is None or not request.client.has_budget:
             return request.served.batcher.submit(call.feature)
         try:
-            put_back = await self.budgets.charge(request.client, request.rows, call.id, content)
+            put_back = await charge(request.client, request.rows, call.id, content)
         except StorageError as error:
             _log.error("budgets not written", extra={"reason": str(error)})
             raise Refusal(503, "the server cannot write down budgets", retry_after_s=5.0) from error

@@ -1,0 +1,133 @@
+"""Ray: images a second for each replica, for one, two and three of them, and requests lost while one becomes three.
+
+Every number of replicas is a cluster of its own on this machine, with tokens, metrics and logs on; each replica runs
+one batch at a time on one thread. On fewer cores than replicas, clients, HAProxy and Ray need, replicas share them:
+compare the figures with the cores that are recorded beside them. Needs ray and torch in one environment.
+
+    python benchmarks/ray_serve.py [--seconds 10] [--rounds 3] [--bundle DIR] [--dry]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import record
+from louver.bundle import Bundle, read_bundle
+from louver.cloud.tokens import add_client
+from serving import body_of, rate_of_clients, started, tail_bundle
+
+REPLICAS = (1, 2, 3)
+CLIENTS = 16
+PATIENCE_S = 120.0
+
+
+def command(bundle: Bundle, tokens: Path, *options: str) -> list[str]:
+    ports = ["--port", "0", "--metrics-port", "0", "--tokens", str(tokens)]
+    batches = ["--workers", "1", "--threads", "1"]
+    return ["-m", "louver", "serve", str(bundle.folder), "--engine", "ray", "--json", *ports, *batches, *options]
+
+
+def count_replicas(told: dict[str, Any]) -> int:
+    text = urllib.request.urlopen(told["metrics"], timeout=10).read().decode()
+    found = re.search(r"^louver_replicas (\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+async def await_replicas(told: dict[str, Any], wanted: int) -> float:
+    """Seconds until there are as many."""
+    since = time.monotonic()
+    while await asyncio.to_thread(count_replicas, told) < wanted:
+        if time.monotonic() - since > PATIENCE_S:
+            raise SystemExit(f"expected {wanted} replicas within {PATIENCE_S:g} s; give the machine more processors")
+        await asyncio.sleep(0.2)
+    return time.monotonic() - since
+
+
+async def statuses_while_scaling(told: dict[str, Any], bundle: Bundle, token: str) -> tuple[Counter[str], float]:
+    """What became of each request until some seconds after the last replica came, and how long it took to come."""
+    body, head = body_of(bundle)
+    host, _, port = told["rest"].removeprefix("http://").rpartition(":")
+    request = (
+        f"POST /v2/models/{bundle.name}/versions/{bundle.id}/infer HTTP/1.1\r\nhost: x\r\n"
+        f"authorization: Bearer {token}\r\ninference-header-content-length: {head}\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    ).encode() + body
+    found: Counter[str] = Counter()
+    is_over = asyncio.Event()
+
+    async def client() -> None:
+        while not is_over.is_set():
+            try:
+                reader, writer = await asyncio.open_connection(host, int(port))
+                while not is_over.is_set():
+                    writer.write(request)
+                    answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+                    length = answer.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0]
+                    await reader.readexactly(int(length))
+                    found[answer[9:12].decode()] += 1
+                writer.close()
+            except (OSError, asyncio.IncompleteReadError) as error:
+                found[type(error).__name__] += 1
+
+    clients = [asyncio.create_task(client()) for _ in range(CLIENTS)]
+    seconds = await await_replicas(told, REPLICAS[-1])
+    await asyncio.sleep(5)
+    is_over.set()
+    await asyncio.gather(*clients)
+    return found, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--bundle", type=Path, help="whose cloud half is served; one like resnet18's by default")
+    parser.add_argument("--dry", action="store_true", help="print the figures and record nothing")
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    figures: dict[str, Any] = {"clients": 32, "cores": os.cpu_count(), "images_per_s": {}}
+    with tempfile.TemporaryDirectory() as place:
+        tokens = Path(place) / "tokens.json"
+        token = add_client(tokens, "benchmark")
+        bundle = read_bundle(arguments.bundle) if arguments.bundle else tail_bundle(Path(place) / "tail")
+        for count in REPLICAS:
+            options = ("--min-replicas", str(count), "--max-replicas", str(count))
+            with started(*command(bundle, tokens, *options)) as told:
+                asyncio.run(await_replicas(told, count))
+                rate_of_clients(told["rest"], bundle, token, 1.0)
+                rates = [
+                    rate_of_clients(told["rest"], bundle, token, arguments.seconds) for _ in range(arguments.rounds)
+                ]
+            figures["images_per_s"][count] = {
+                "all": round(median(rates), 1),
+                "each": round(median(rates) / count, 1),
+                "rounds": [round(rate, 1) for rate in rates],
+            }
+            print(count, json.dumps(figures["images_per_s"][count]), flush=True)
+        scaling = ("--max-replicas", str(REPLICAS[-1]), "--target-requests", "2", "--scale-up-s", "1")
+        with started(*command(bundle, tokens, *scaling)) as told:
+            statuses, seconds = asyncio.run(statuses_while_scaling(told, bundle, token))
+        figures["scaling"] = {
+            "answered": statuses["200"],
+            "lost": statuses.total() - statuses["200"],
+            "statuses": dict(statuses),
+            "seconds_to_three": round(seconds, 1),
+        }
+        print(json.dumps(figures["scaling"]))
+    if not arguments.dry:
+        record("ray_serve", {"rounds": arguments.rounds, **figures}, seed=0, seconds=time.monotonic() - begun)
+
+
+if __name__ == "__main__":
+    main()
