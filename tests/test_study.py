@@ -34,10 +34,10 @@ from louver.types import Images, Roles
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "data": {
-        "train": "streets/1[:1100]",
+        "train": "streets/1[:400]",
         "validation": "streets/2[:64]",
         "test": "streets/3[:64]",
-        "auxiliary": "streets/4[:120]",
+        "auxiliary": "streets/4[:100]",
     },
     "attacks": {"decoder": {"width": 64, "blocks": 1, "epochs": 2, "restarts": 1, "test_images": 32}},
 }

@@ -46,7 +46,7 @@ def place(tmp_path_factory):
         yield folder, server
 
 
-def eventually(what, *, within_s: float = 10.0) -> None:
+def eventually(what, *, within_s: float = 60.0) -> None:
     """Waits until `what()` is so."""
     end = time.monotonic() + within_s
     while not what():
