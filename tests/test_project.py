@@ -95,6 +95,7 @@ def test_constraints_cover_what_the_dependencies_need():
         if is_of_the_accelerator(name):
             continue
         assert name in pins, f"{name} is needed and not pinned"
+        assert pins[name] in requirement.specifier, f"{name}=={pins[name]} is not in {requirement}, which is needed"
         for extra in ("", *requirement.extras):
             if (name, extra) in seen:
                 continue
