@@ -52,7 +52,7 @@ def probe(cell: Cell) -> str:
     if not cell["probes"]:
         return ""
     best = max(cell["probes"], key=lambda row: (row["accuracy"] - row["chance"]) / max(1e-9, 1 - row["chance"]))
-    return f"{best['column']} {interval({**best, 'mean': best['accuracy']})} by {best['probe']} ({best['chance']:.2f})"
+    return f"{best['column']} {interval({**best, 'mean': best['accuracy']})} by {best['probe']} ({best['chance']:.3f})"
 
 
 def hidden(cell: Cell, key: str) -> dict[str, Any] | None:
