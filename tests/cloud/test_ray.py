@@ -136,7 +136,10 @@ def eventually(what: Callable[[], bool], *, within_s: float) -> None:
 
 
 class Load:
-    """Clients that ask one after the other, each request with its own id and feature, and check what they get."""
+    """Clients that ask one after the other, each request with its own id and feature, and check what they get.
+
+    Every other client opens a connection for each request.
+    """
 
     def __init__(self, server: Running, bundle, token: str, *, clients: int = 8, retries: int = 0) -> None:
         self.server, self.bundle, self.token, self.retries = server, bundle, token, retries
@@ -165,6 +168,8 @@ class Load:
         while not self.is_over.is_set():
             which = (client + count) % len(self.known)
             body, headers = asking(self.known[which], call_id=f"{client}-{count}")
+            if client % 2:
+                connection.close()  # the next request opens another
             headers["authorization"] = f"Bearer {self.token}"
             count += 1
             for attempt in range(self.retries + 1):
