@@ -31,7 +31,7 @@ from typing import Any
 from common import record
 from louver.bundle import Bundle, read_bundle
 from louver.cloud.tokens import add_client
-from serving import body_of, rate_of_clients, tail_bundle
+from serving import body_of, tail_bundle
 
 CLUSTER = Path(__file__).parents[1] / "tests/ray_cluster.py"
 REPLICAS = (1, 2, 3)
@@ -89,8 +89,11 @@ async def await_replicas(told: dict[str, Any], wanted: int) -> float:
     return time.monotonic() - since
 
 
-async def statuses_while_scaling(told: dict[str, Any], bundle: Bundle, token: str) -> tuple[Counter[str], float]:
-    """What became of each request until some seconds after the last replica came, and how long it took to come."""
+async def ask(told: dict[str, Any], bundle: Bundle, token: str, is_over: asyncio.Event) -> Counter[str]:
+    """What became of each request of many clients, which ask one after the other until it is over.
+
+    A connection is kept for as long as the server says: HAProxy gives way to another one when replicas come or go.
+    """
     body, head = body_of(bundle)
     host, _, port = told["rest"].removeprefix("http://").rpartition(":")
     request = (
@@ -99,28 +102,44 @@ async def statuses_while_scaling(told: dict[str, Any], bundle: Bundle, token: st
         f"content-length: {len(body)}\r\n\r\n"
     ).encode() + body
     found: Counter[str] = Counter()
-    is_over = asyncio.Event()
 
     async def client() -> None:
         while not is_over.is_set():
             try:
                 reader, writer = await asyncio.open_connection(host, int(port))
-                while not is_over.is_set():
+                is_kept = True
+                while is_kept and not is_over.is_set():
                     writer.write(request)
                     answer = (await reader.readuntil(b"\r\n\r\n")).lower()
                     length = answer.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0]
                     await reader.readexactly(int(length))
                     found[answer[9:12].decode()] += 1
+                    is_kept = b"\r\nconnection: close\r\n" not in answer
                 writer.close()
             except (OSError, asyncio.IncompleteReadError) as error:
                 found[type(error).__name__] += 1
 
-    clients = [asyncio.create_task(client()) for _ in range(CLIENTS)]
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return found
+
+
+async def images_per_s(told: dict[str, Any], bundle: Bundle, token: str, seconds: float) -> float:
+    """Images that were answered in a second."""
+    is_over = asyncio.Event()
+    asyncio.get_running_loop().call_later(seconds, is_over.set)
+    begun = time.monotonic()
+    found = await ask(told, bundle, token, is_over)
+    return found["200"] / (time.monotonic() - begun)
+
+
+async def statuses_while_scaling(told: dict[str, Any], bundle: Bundle, token: str) -> tuple[Counter[str], float]:
+    """What became of each request until some seconds after the last replica came, and how long it took to come."""
+    is_over = asyncio.Event()
+    asking = asyncio.create_task(ask(told, bundle, token, is_over))
     seconds = await await_replicas(told, REPLICAS[-1])
     await asyncio.sleep(5)
     is_over.set()
-    await asyncio.gather(*clients)
-    return found, seconds
+    return await asking, seconds
 
 
 def main() -> None:
@@ -134,7 +153,7 @@ def main() -> None:
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     begun = time.monotonic()
-    figures: dict[str, Any] = {"clients": 32, "cores": os.cpu_count(), "images_per_s": {}}
+    figures: dict[str, Any] = {"clients": CLIENTS, "cores": os.cpu_count(), "images_per_s": {}}
     with ray_cluster() as address, tempfile.TemporaryDirectory() as place:
         tokens = Path(place) / "tokens.json"
         token = add_client(tokens, "benchmark")
@@ -143,9 +162,9 @@ def main() -> None:
             options = ("--min-replicas", str(count), "--max-replicas", str(count))
             with served(address, bundle, tokens, *options) as told:
                 asyncio.run(await_replicas(told, count))
-                rate_of_clients(told["rest"], bundle, token, 1.0)
+                asyncio.run(images_per_s(told, bundle, token, 1.0))
                 rates = [
-                    rate_of_clients(told["rest"], bundle, token, arguments.seconds) for _ in range(arguments.rounds)
+                    asyncio.run(images_per_s(told, bundle, token, arguments.seconds)) for _ in range(arguments.rounds)
                 ]
             figures["images_per_s"][count] = {
                 "all": round(median(rates), 1),

@@ -35,7 +35,7 @@ from servers import Running, ask, asking, features, infer_path, truth
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: louver[cloud,ray]"),
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(300),
 ]
 
 LOCAL = {
@@ -45,7 +45,6 @@ LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1",
 }
-START_S = 120.0
 
 
 @contextmanager
