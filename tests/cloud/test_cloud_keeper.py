@@ -206,7 +206,9 @@ def test_haproxy_listens_where_it_may_and_nowhere_else(tmp_path):
     front = Front(host="0.0.0.0", port=8000, pem=tmp_path / "server.pem", client_ca=tmp_path / "ca.pem", head_s=2.5)
     done = guarded(tmp_path, CONFIG.format(folder=tmp_path), front)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == str(["-db", "-f", str(tmp_path / "haproxy.cfg.louver"), "-sf", "7"])
+    assert done.stdout.splitlines()[0] == str(["-db", "-f", str(tmp_path / "haproxy.cfg"), "-sf", "7"]), (
+        "the path that Ray looks for"
+    )
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert [line for line in lines if line.startswith("bind")] == [
         "bind 127.0.0.1:9101",

@@ -34,7 +34,9 @@ if grep -E '^ *bind ' "$config.louver" | grep -v -E {allowed} >&2; then
   exit 65
 fi
 [ "$(grep -c -x -F {front} "$config.louver")" = 1 ] || {{ echo "louver: no address to listen on" >&2; exit 66; }}
-exec {python} -I -S -c {become} {haproxy} -db -f "$config.louver" "$@"
+# In its place: Ray knows its own by the path.
+mv "$config.louver" "$config"
+exec {python} -I -S -c {become} {haproxy} -db -f "$config" "$@"
 """
 
 # The kernel ends HAProxy with the process that started it: Ray's, when that is killed, would leave it behind.

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import signal
 import sys
@@ -106,6 +107,9 @@ def serve_on_ray(
         port = free_port(listening.host, listening.port)
         haproxy = find_haproxy()
         told = environment(place, port, haproxy, listening)
+        # Of a client that neither sends nor takes; a request that waits for its answer does not count.
+        silent_s = math.ceil(max(settings.limits.body_s, settings.limits.answer_s))
+        told["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = str(silent_s)
         stack.enter_context(temporarily(told))
         address = scaling.address
         if address is None:
