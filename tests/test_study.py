@@ -34,7 +34,7 @@ from louver.types import Images, Roles
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "data": {
-        "train": "streets/1[:400]",
+        "train": "streets/1[:800]",
         "validation": "streets/2[:64]",
         "test": "streets/3[:64]",
         "auxiliary": "streets/4[:100]",
