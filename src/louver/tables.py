@@ -129,6 +129,7 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         _unprotected(shallower),
         _unprotected(cut),
         _unprotected("layer3"),
+        _unprotected(shallower, is_trained=True),
         _unprotected(cut, is_trained=True),
         *_swept("noise", lambda s: AddedNoise(std=s), "std", (0.5, 1.0, 2.0), cut),
         *_swept("nopeek", lambda w: NoPeek(weight=w), "weight", (1.0, 4.0, 16.0), cut),
@@ -152,7 +153,7 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
 
 def _cifar10_choices(scale: Scale, seed: int) -> Bench:
     """What to choose within one defense: PrivyNet's layers, number and kind of channels; SiftFunnel's decorrelation;
-    how long PATROL's pruned edge is trained.
+    how smooth PATROL's edge is made and how long it is trained.
     """
     layers = {1: "layer1", 2: "layer2", 3: "layer3"}
     cut = layers[2]
@@ -183,6 +184,14 @@ def _cifar10_choices(scale: Scale, seed: int) -> Bench:
         ),
         *_swept(
             "decorrelated", lambda g: SiftFunnel(channels=12, gamma=g), "gamma", (0.0, 2.0, 20.0), cut, "12 channels"
+        ),
+        *_swept(
+            "smooth",
+            lambda a: PATROL(target_macs=budget, alpha=a, has_adversary=False, mending_share=0.67),
+            "alpha",
+            (0.005, 0.05, 0.5),
+            cut,
+            "smooth, no adversary",
         ),
         *(
             replace(cell, epochs=long)
@@ -230,7 +239,7 @@ def _on_cifar10(group: str, cells: list[Cell], scale: Scale, seed: int) -> Bench
             settings=_settings(scale, 300, has_likelihood=True),
             information_images=1000 if is_laptop else 8000,
             mine_steps=200 if is_laptop else 3000,
-            completion_counts=() if is_laptop else (5, 20, 100),
+            completion_counts=(20,) if is_laptop else (5, 20, 100),
         ),
         training=Training(
             epochs=3 if is_laptop else 40,
@@ -403,6 +412,7 @@ def _reidentification(
     cells = [
         _unprotected(shallower),
         _unprotected(cut),
+        _unprotected(shallower, is_trained=True),
         _unprotected(cut, is_trained=True),
         *_swept("noise", lambda s: AddedNoise(std=s), "std", (0.5, 1.0, 2.0), cut),
         *_swept("patrol", patrol, "beta", (0.25, 1.0, 4.0), cut),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from louver import training
 from louver.cut import split
 from louver.defenses.base import Batch
 from louver.defenses.masks import soft_masks
@@ -14,6 +15,7 @@ from louver.defenses.patrol import PATROL, Ledger, budget_of, choose, soft_thres
 from louver.defenses.pruning import structures
 from louver.errors import ConfigError, CutError
 from louver.networks import CifarResNet
+from louver.tasks import Classification
 from toys import pictures
 
 SHAPE = (3, 16, 20)
@@ -103,6 +105,32 @@ def test_masks_shrink_by_rate_times_sparsity_until_the_rest_fits():
             mask.scale[: len(mask.scale) // 2] = 0
     pressure.after(soft, learning_rate=0.1)
     assert all(mask.scale[-1].item() == pytest.approx(0.95) for mask in masks.values()), "the rest fits the budget"
+
+
+@pytest.mark.parametrize("make", [plain_split, resnet_split])
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_training_itself_silences_all_that_the_removal_takes_out(make, epochs):
+    defense = PATROL(target_share=0.5, has_lipschitz=False, has_adversary=False)
+    halves = make()
+    soft = training.train(
+        defense.operate(halves, IMAGES, TARGETS, seed=0),
+        Classification("kind", 3),
+        IMAGES,
+        IMAGES,
+        defense.pressure(halves, is_mending=False, seed=0),
+        config=training.Training(batch_size=6, lr=1e-3),
+        epochs=epochs,
+        seed=0,
+        choose_after=0.5,
+    )
+    values = torch.cat([mask.scale for mask in soft_masks(soft.edge).values()])
+    silent = (values == 0).float().mean()
+    assert 0.1 < silent < 0.9, "some go and some stay"
+    assert values.abs().max() > 0.8, "what stays is not shrunk with them"
+    hard = defense.finish(soft, IMAGES, TARGETS, seed=0)
+    assert hard.cut.cost.edge.macs <= 0.5 * halves.cut.cost.edge.macs
+    x = torch.from_numpy(IMAGES.floats(slice(0, 8)))
+    assert torch.allclose(hard(x), soft(x), atol=1e-4), "the removal changes nothing that is computed"
 
 
 # The budget

@@ -24,14 +24,22 @@ from louver.types import Images
 
 __all__ = ["PATROL", "Ledger", "budget_of", "choose", "soft_threshold"]
 
+_FREE_UNTIL, _GONE_BY = 0.25, 0.5
+"""Shares of the stage: masks are first free to show what they are worth, then those that must go are brought to zero.
+
+Weights are chosen among the second half of the epochs (`louver.harden`), so whichever are chosen fit the budget.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PATROL(Defense):
     """Task loss + alpha · Σ k_i − beta · the inverter's error, on an edge that masks shrink to a budget of MACs.
 
     The edge goes down to `target_macs` multiply-accumulates an image (see `budget_of`), or to `target_share` of its
-    own where that is None. `sparsity` is the weight of the L1 norm of the masks; masks rest while what is not yet zero
-    fits the budget. `least_share` of the channels of every group stays. `noise_std` is that of δ, in pixels of range
+    own where that is None. `sparsity` is the weight of the L1 norm of the masks, which rests while what is not yet zero
+    fits the budget. After a quarter of the epochs before the removal, the masks that harm least and save most are
+    brought down to zero, which they reach at half, so that the removal takes out what is already silent.
+    `least_share` of the channels of every group stays. `noise_std` is that of δ, in pixels of range
     1. The Lipschitz constants are taken over `lipschitz_share` of each batch, the inverter works on `adversary_share`
     of it: the two knobs of how much slower than plain training this is. The inverter's error is its mean squared error
     as a share of the pictures' variance. `mending_share` of the epochs follow the removal.
@@ -47,7 +55,8 @@ class PATROL(Defense):
 
     Source: PATROL (arXiv 2307.10981): learnable masks on channels and blocks, the Lipschitz regulariser and the
     adversarial reconstruction term are the paper's. We differ or had to choose: the L1 norm with a proximal step, the
-    ranking (magnitude for each channel silenced and MAC saved), removal by torch-pruning and the share of mending; one
+    ranking (magnitude for each channel silenced and MAC saved), the falling cap on what it takes (the L1 norm alone
+    reaches no budget in a short training), removal by torch-pruning and the share of mending; one
     alpha for all blocks; the supremum over part of a batch, x and x + δ going through the edge as one; the relative
     error; the sum of the terms.
     """
@@ -278,11 +287,12 @@ class PatrolPressure(Pressure):
         # In a list, since it is not for `state_dict`: the taps share the edge's weights.
         self._taps: list[nn.Module] = []
         self._example: Tensor | None = None
+        self._done = 0.0
         self._ledger: tuple[Ledger, int] | None = None
 
     def before(self, split: Split, batch: Batch) -> None:
         """One step of the inverter."""
-        self._example = batch.images[:2].detach()
+        self._example, self._done = batch.images[:2].detach(), batch.done
         if self.knobs.has_adversary:
             images, features = self._seen(batch)
             self.adversary.on(images, features).step(images, features.detach(), batch.autocast)
@@ -307,7 +317,7 @@ class PatrolPressure(Pressure):
         return terms
 
     def after(self, split: Split, *, learning_rate: float) -> None:
-        """Masks come closer to zero by learning rate · sparsity, unless what is not zero already fits the budget."""
+        """What must go is brought down; the L1 norm's step follows, unless what is not zero already fits the budget."""
         masks = soft_masks(split.edge) if self.is_pruned else {}
         if not masks or self._example is None:
             return
@@ -316,6 +326,13 @@ class PatrolPressure(Pressure):
             ledger = Ledger.of(plain.edge, *structures(plain, self._example, names=masks), self._example)
             self._ledger = ledger, self.knobs.budget(ledger)
         ledger, budget = self._ledger
+        most = max(0.0, (_GONE_BY - self._done) / (_GONE_BY - _FREE_UNTIL))
+        if most < 1:
+            values = {name: mask.scale.detach().cpu() for name, mask in masks.items()}
+            channels, lost = choose(ledger, values, budget, least_share=self.knobs.least_share)
+            with torch.no_grad():
+                for name, which in (channels | {name: [0] for name in lost}).items():
+                    masks[name].scale[which] = masks[name].scale[which].clamp(-most, most)
         alive = torch.stack([mask.scale.detach().count_nonzero() for mask in masks.values()]).tolist()
         kept = dict(zip(masks, alive, strict=True))
         if ledger.macs(kept, {block.name for block in ledger.blocks if not kept[block.name]}) > budget:
