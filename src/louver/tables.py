@@ -148,7 +148,7 @@ def _cifar10(scale: Scale, seed: int) -> Bench:
         *_swept("adversarial", lambda w: AdversarialTraining(weight=w), "weight", (1.0,), cut),
         *([] if is_laptop else _swept("laplace", _laplace, "std", (0.5, 1.0, 2.0), cut, "laplace")),
     ]
-    return _on_cifar10("CIFAR-10", cells, scale, seed)
+    return _on_cifar10("CIFAR-10", cells, scale, seed, completion_counts=() if is_laptop else (5, 20, 100))
 
 
 def _cifar10_choices(scale: Scale, seed: int) -> Bench:
@@ -205,7 +205,9 @@ def _cifar10_choices(scale: Scale, seed: int) -> Bench:
             )
         ),
     ]
-    return _on_cifar10("CIFAR-10, choices", cells, scale, seed)
+    return _on_cifar10(
+        "CIFAR-10, choices", cells, scale, seed, completion_counts=(20,) if scale == "laptop" else (5, 20, 100)
+    )
 
 
 def _cifar_model() -> nn.Module:
@@ -217,7 +219,7 @@ def _edge_macs(model: nn.Module, cut: str, image_shape: tuple[int, int, int]) ->
     return split(model, cut, example).cut.cost.edge.macs
 
 
-def _on_cifar10(group: str, cells: list[Cell], scale: Scale, seed: int) -> Bench:
+def _on_cifar10(group: str, cells: list[Cell], scale: Scale, seed: int, *, completion_counts: tuple[int, ...]) -> Bench:
     is_laptop = scale == "laptop"
     model = _cifar_model()
     roles = assign_roles(
@@ -239,7 +241,7 @@ def _on_cifar10(group: str, cells: list[Cell], scale: Scale, seed: int) -> Bench
             settings=_settings(scale, 300, has_likelihood=True),
             information_images=1000 if is_laptop else 8000,
             mine_steps=200 if is_laptop else 3000,
-            completion_counts=(20,) if is_laptop else (5, 20, 100),
+            completion_counts=completion_counts,
         ),
         training=Training(
             epochs=3 if is_laptop else 40,
