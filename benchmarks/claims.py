@@ -13,7 +13,7 @@ import json
 import time
 from typing import Any
 
-from common import RESULTS, record
+from common import RESULTS, record, strongest
 from louver.measures.difficulty import Factors, inversion_difficulty, order_agreement
 
 Cell = dict[str, Any]
@@ -32,9 +32,7 @@ def utility(cell: Cell) -> tuple[float, float, float]:
 
 def leak(cell: Cell, measure: str) -> dict[str, Any]:
     """The row of the strongest attack by `measure`; the floor where that is no stronger: anyone can send it."""
-    row: dict[str, Any] = max(
-        (row for row in cell["leakage"] if row["measure"] == measure), key=lambda row: row["mean"]
-    )
+    row = strongest(cell, measure)
     return row | {key: max(row[key], row["floor"]) for key in ("mean", "low", "high", "worst")}
 
 

@@ -36,6 +36,13 @@ def machine() -> dict[str, str]:
     }
 
 
+def strongest(cell: dict[str, Any], measure: str) -> dict[str, Any]:
+    """A recorded cell's figures for the attack that leaks most by `measure`."""
+    rows = [row for row in cell["leakage"] if row["measure"] == measure]
+    found: dict[str, Any] = max(rows, key=lambda row: row["mean"])
+    return found
+
+
 def commit() -> str:
     """The commit that was measured, with a + if the tree held changes."""
 

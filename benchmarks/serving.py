@@ -3,9 +3,10 @@
 One run, rounds alternate. Every server has tokens, metrics and its log on, and two cores are shared by client and
 server, as for the echo. `overhead`: p50 and p99 in ms of one client with one connection, ratios of the same round. The
 network is one slice, so that what is left is the server. `throughput`: 32 clients, one image each, against the same
-session run in this process by as many threads, in batches that those clients could fill.
+session run in this process by as many threads, in batches that those clients could fill; with `--triton` against a real
+Triton, too, whose wheel runs the graph by a Python model.
 
-    python benchmarks/serving.py [--rounds 5] [--calls 400] [--seconds 5] [--bundle DIR]
+    python benchmarks/serving.py [--rounds 5] [--calls 400] [--seconds 5] [--bundle DIR] [--triton ENV]
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from louver.cloud import Batching
 from louver.cloud import inference_pb2 as messages
 from louver.cloud.models import Model, load_model
 from louver.cloud.tokens import add_client
+from louver.triton import triton_name
 
 SIZES = {"64 KiB": (64, 32, 32), "1 MiB": (256, 64, 64)}
 CLIENTS = 32
@@ -215,12 +217,12 @@ def times(call: Callable[[], None], count: int) -> tuple[float, float]:
     return float(np.percentile(found, 50)), float(np.percentile(found, 99))
 
 
-def rate_of_clients(address: str, bundle: Bundle, token: str, seconds: float) -> float:
-    """Answers a second to 32 clients with a connection each, from one event loop in this process."""
+def rate_of_clients(address: str, model: str, bundle: Bundle, token: str, seconds: float) -> float:
+    """Answers a second to 32 clients of `model` (NAME/versions/VERSION), a connection each, from one loop here."""
     body, head = body_of(bundle)
     host, _, port = address.removeprefix("http://").rpartition(":")
     request = (
-        f"POST /v2/models/{bundle.name}/versions/{bundle.id}/infer HTTP/1.1\r\nhost: x\r\n"
+        f"POST /v2/models/{model}/infer HTTP/1.1\r\nhost: x\r\n"
         f"authorization: Bearer {token}\r\ninference-header-content-length: {head}\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     ).encode() + body
@@ -310,6 +312,12 @@ def measure_overhead(calls: dict[str, Callable[[], None]], rounds: int, count: i
     return figures
 
 
+def spread(ours: list[float], theirs: list[float]) -> list[float]:
+    """Least, median and largest ratio over the rounds."""
+    ratios = sorted(one / other for one, other in zip(ours, theirs, strict=True))
+    return [round(value, 3) for value in (ratios[0], median(ratios), ratios[-1])]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -317,6 +325,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of throughput")
     parser.add_argument(
         "--bundle", type=Path, help="whose cloud half is put under load; one like resnet18's by default"
+    )
+    parser.add_argument(
+        "--triton", type=Path, metavar="ENV", help="an environment with nvidia-pytriton: its Triton, beside ours"
     )
     parser.add_argument("--dry", action="store_true", help="print the figures and record nothing")
     parser.add_argument("--echo", action="store_true", help=argparse.SUPPRESS)
@@ -345,19 +356,40 @@ def main() -> None:
             print(size, json.dumps(figures["overhead"][size]))
         batching = Batching()
         model = load_model(loaded.folder, threads=batching.threads)
-        served, alone = [], []
+        name = f"{loaded.name}/versions/{loaded.id}"
+        triton = None
+        if arguments.triton is not None:
+            sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+            from tritons import triton_running  # type: ignore[import-not-found]
+
+            where = folder / "triton"
+            where.mkdir()
+            triton, _ = stack.enter_context(triton_running(arguments.triton, loaded, where))
+        served, alone, others = [], [], []
         for _ in range(arguments.rounds):
             alone.append(rate_in_process(model, batching, arguments.seconds))
-            served.append(rate_of_clients(ours["rest"], loaded, token, arguments.seconds))
-        ratios = sorted(one / other for one, other in zip(served, alone, strict=True))
+            served.append(rate_of_clients(ours["rest"], name, loaded, token, arguments.seconds))
+            if triton is not None:
+                others.append(
+                    rate_of_clients(
+                        f"http://127.0.0.1:{triton}",
+                        f"{triton_name(loaded)}/versions/1",
+                        loaded,
+                        token,
+                        arguments.seconds,
+                    )
+                )
+        ratios = spread(served, alone)
         figures["throughput"] = {
             "clients": CLIENTS,
             "workers": batching.workers,
             "threads": batching.threads,
             "served_per_s": round(median(served), 1),
             "in_process_per_s": round(median(alone), 1),
-            "ratio": [round(value, 3) for value in (ratios[0], median(ratios), ratios[-1])],
+            "ratio": ratios,
         }
+        if others:
+            figures["throughput"] |= {"triton_per_s": round(median(others), 1), "to_triton": spread(served, others)}
         print(json.dumps(figures["throughput"]))
     if not arguments.dry:
         record("serving", {"rounds": arguments.rounds, **figures}, seed=0, seconds=time.monotonic() - begun)

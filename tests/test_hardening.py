@@ -118,21 +118,27 @@ def test_an_audit_of_a_noisy_edge_is_repeatable_and_averages_what_is_sent_twice(
     assert audited(observations=16).mean > first.mean
 
 
-def test_a_term_that_breaks_is_named_and_the_last_good_epoch_kept(halves, tmp_path):
+def breaking(spite):
+    """A defense with one term: what `spite` makes of features, and from the third epoch on with `is_broken`."""
+
+    class Term(Pressure):
+        calls = 0
+
+        def terms(self, split, batch):
+            self.calls += 1
+            return {"spite": spite(batch.features, is_broken=self.calls > 2 * 6)}
+
     class Breaking(NoPeek):
         def pressure(self, split, *, is_mending, seed):
-            class Term(Pressure):
-                calls = 0
-
-                def terms(self, split, batch):
-                    Term.calls += 1
-                    term = batch.features.square().mean()
-                    return {"spite": term * float("nan") if Term.calls > 2 * 6 else term}
-
             return Term()
 
+    return Breaking()
+
+
+def test_a_term_that_breaks_is_named_and_the_last_good_epoch_kept(halves, tmp_path):
+    defense = breaking(lambda z, is_broken: z.square().mean() * (float("nan") if is_broken else 1))
     with pytest.raises(ConfigError, match=r"broke in epoch 3 of 4: the loss is nan, through 'spite'.*holds epoch 2"):
-        hardened(halves, Breaking(), folder=tmp_path)
+        hardened(halves, defense, folder=tmp_path)
     assert (tmp_path / "training-1.safetensors").is_file()
 
 
@@ -140,21 +146,10 @@ def test_a_term_that_breaks_is_named_and_the_last_good_epoch_kept(halves, tmp_pa
 def test_a_term_whose_gradient_breaks_is_named_before_it_reaches_the_weights(halves, tmp_path, gradient_norm):
     """The square root of 0 is 0, and its slope is not finite: the loss says nothing of it."""
 
-    class Breaking(NoPeek):
-        def pressure(self, split, *, is_mending, seed):
-            class Term(Pressure):
-                calls = 0
-
-                def terms(self, split, batch):
-                    Term.calls += 1
-                    off = 0.0 if Term.calls > 2 * 6 else 1.0
-                    return {"spite": ((batch.features * 0).square().sum() + off).sqrt()}
-
-            return Term()
-
+    defense = breaking(lambda z, is_broken: ((z * 0).square().sum() + (0.0 if is_broken else 1.0)).sqrt())
     config = dataclasses.replace(CONFIG, gradient_norm=gradient_norm)
     with pytest.raises(ConfigError, match=r"epoch 3 of 4: the gradient is nan, through 'spite'.*holds epoch 2"):
-        hardened(halves, Breaking(), folder=tmp_path, config=config)
+        hardened(halves, defense, folder=tmp_path, config=config)
 
 
 def test_a_batch_of_one_cannot_be_correlated(halves):

@@ -31,7 +31,7 @@ from louver.features import FreshRows, ImageRows, compute_features, observed
 from louver.measures import Measure, MeasureContext, resolve_measures
 from louver.measures.statistics import row
 from louver.runs import RunFolder, Unit
-from louver.stochastic import Stochastic, drawing_from
+from louver.stochastic import drawing_from, stochastic_layers
 from louver.tasks import Task
 from louver.thresholds import Rule, judge
 from louver.types import Audit, Finding, Images, Progress, Roles, Threat
@@ -344,7 +344,7 @@ class _Site:
             if has_features
             else None
         )
-        is_drawn = any(isinstance(module, Stochastic) for module in self.split.edge.modules())
+        is_drawn = bool(stochastic_layers(self.split.edge))
         fresh = (
             FreshRows(self.split.edge, rows, self.device, noise_seed, self.settings.observations)
             if is_drawn and "edge" in self.threat.grants

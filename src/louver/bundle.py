@@ -111,6 +111,24 @@ class Bundle:
             raise BundleError(f"{self.folder}: this bundle was exported without {file}; export it again with it")
         return self.folder / file
 
+    def content(self, file: str) -> bytes:
+        """One of its graphs, read once and found to be the one that was exported: what is checked is what is used.
+
+        Raises:
+            BundleError: the bundle has no such graph, or a changed byte in it.
+        """
+        path = self.path(file)
+        if not path.is_file():
+            raise BundleError(f"expected {file} in {self.folder}, got none; copy the whole bundle")
+        content = path.read_bytes()
+        wanted, found = self.serving.files[file], hashlib.sha256(content).hexdigest()
+        if found != wanted:
+            raise BundleError(
+                f"{path} is not the file that was exported: expected sha256 {wanted}, got {found}; "
+                "copy or export the bundle again"
+            )
+        return content
+
 
 def read_bundle(folder: Path | str, *, needs: Sequence[str] = ()) -> Bundle:
     """The bundle in `folder`; of its graphs, those in `needs` must be there and be the ones that were exported.
@@ -146,14 +164,7 @@ def read_bundle(folder: Path | str, *, needs: Sequence[str] = ()) -> Bundle:
     if bundle.id != bundle_id(bundle.name, serving):
         raise BundleError(f"{path}: the id is not that of its content; copy or export the bundle again")
     for file in needs:
-        graph = bundle.path(file)
-        if not graph.is_file():
-            raise BundleError(f"expected {file} in {folder}, got none; copy the whole bundle")
-        if (found := file_hash(graph)) != serving.files[file]:
-            raise BundleError(
-                f"{graph} is not the file that was exported: expected sha256 {serving.files[file]}, got {found}; "
-                "copy or export the bundle again"
-            )
+        bundle.content(file)
     return bundle
 
 

@@ -217,7 +217,8 @@ def demo(
     with lab():
         from louver.bundle import read_bundle
         from louver.config import read_experiment
-        from louver.experiment import load_run, run_experiment
+        from louver.data import load_images
+        from louver.experiment import run_experiment
         from louver.exporting import export_run
         from louver.loopback import try_service
         from louver.runs import to_json
@@ -232,9 +233,8 @@ def demo(
         shutil.rmtree(folder, ignore_errors=True)
         export_run(out, folder, cut=cut, device=chosen, progress=lambda w, f: tell(f"export: {w}", 0.7 + 0.25 * f))
         bundle = read_bundle(folder)
-        run = load_run(out, cut=cut)
         assert experiment.data.label is not None
-        test = run.roles.test.take(slice(0, _DEMO_IMAGES))
+        test = load_images(experiment.data.test).take(slice(0, _DEMO_IMAGES))
         service = try_service(bundle, test, test.column(experiment.data.label), lambda w, f: tell(w, 0.95 + 0.05 * f))
     if as_json:
         _draw(found, out)

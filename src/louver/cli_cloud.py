@@ -6,8 +6,7 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from louver.errors import ConfigError, MissingExtraError
+from louver.console import AsJson, needing
+from louver.errors import ConfigError
 
 if TYPE_CHECKING:
     from louver.cloud import Addresses, Listening, Started
@@ -27,7 +27,6 @@ _CLOUD = ("google", "grpc", "httptools", "prometheus_client", "uvicorn", "uvloop
 _MB = 2**20
 
 token = typer.Typer(name="token", help="Clients that may ask the cloud half: add, list, remove.", no_args_is_help=True)
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 TokenFile = Annotated[Path, typer.Option("--file", help="The file of clients that `louver serve --tokens` reads.")]
 
 
@@ -38,15 +37,8 @@ class Engine(StrEnum):
     ray = "ray"
 
 
-@contextmanager
-def _cloud() -> Iterator[None]:
-    """Turns the absence of an optional package into the command that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _CLOUD:
-            raise
-        raise MissingExtraError(f"this command needs {error.name}: pip install 'louver[cloud]'") from error
+def _cloud() -> AbstractContextManager[None]:
+    return needing("cloud", _CLOUD)
 
 
 def serve(

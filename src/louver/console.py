@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated
 
 import typer
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from louver.errors import ConfigError, MissingExtraError
 
-__all__ = ["AsJson", "Device", "Threads", "device_named", "lab", "progress_shown", "set_threads"]
+__all__ = ["AsJson", "Device", "Threads", "device_named", "lab", "needing", "progress_shown", "set_threads"]
 
 _LAB = (
     *("jaxtyping", "jinja2", "lightning_fabric", "PIL", "pyarrow", "pydantic", "pytorch_metric_learning"),
@@ -28,14 +28,19 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by de
 
 
 @contextmanager
-def lab() -> Iterator[None]:
-    """Turns the absence of an optional package into the command that installs it."""
+def needing(extra: str, packages: Collection[str]) -> Iterator[None]:
+    """Turns the absence of one of an extra's packages into the command that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _LAB:
+        if (error.name or "").partition(".")[0] not in packages:
             raise
-        raise MissingExtraError(f"this command needs {error.name}: pip install 'louver[lab]'") from error
+        raise MissingExtraError(f"this command needs {error.name}: pip install 'louver[{extra}]'") from error
+
+
+def lab() -> AbstractContextManager[None]:
+    """`needing` what the laboratory stands on."""
+    return needing("lab", _LAB)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from louver.bundle import EDGE, Bundle, Serving
 from louver.bundle import Noise as NoiseInput
 from louver.cut import Split
 from louver.quantizing import Dequantize, Quantize, rounded
-from louver.stochastic import Stochastic
+from louver.stochastic import laplace_like, stochastic_layers
 
 __all__ = ["DeployedEdge", "Session", "deployed", "drawn"]
 
@@ -68,7 +68,7 @@ class DeployedEdge(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Tensor:
         """Float32 features on the device of the images."""
-        is_silent = any(isinstance(layer, Stochastic) and layer.is_silent for layer in self.edge.modules())
+        is_silent = any(layer.is_silent for layer in stochastic_layers(self.edge))
         if is_silent or (torch.is_grad_enabled() and x.requires_grad):
             features: Tensor = self.edge(x)
             if self.quantize is None or self.dequantize is None:
@@ -90,8 +90,7 @@ def drawn(noise: tuple[NoiseInput, ...], n: int) -> dict[str, NDArray[np.float32
         elif one.kind == "uniform":
             value = torch.rand(shape)
         else:
-            left, right = (-torch.log1p(-torch.rand(shape)) for _ in range(2))
-            value = (left - right) * 0.5**0.5
+            value = laplace_like(torch.empty(shape))
         found[one.name] = value.numpy()
     return found
 
@@ -102,7 +101,6 @@ def deployed(halves: Split, bundle: Bundle, quantize: Quantize | None, dequantiz
     Raises:
         BundleError: the bundle's edge is missing or changed.
     """
-    graph = bundle.path(EDGE).read_bytes()
-    edge = DeployedEdge(Session(graph), bundle.serving, halves.edge, quantize, dequantize)
+    edge = DeployedEdge(Session(bundle.content(EDGE)), bundle.serving, halves.edge, quantize, dequantize)
     cost = replace(halves.cut.cost, feature_bytes=bundle.serving.feature_bytes)
     return Split(edge.eval(), halves.cloud, replace(halves.cut, cost=cost))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from louver.attacks import Attack
 from louver.audit import Settings, audit
 from louver.config import Experiment, read_experiment
 from louver.cost import measure_latency, with_latency
@@ -23,7 +24,7 @@ from louver.runs import RunFolder, load_audit
 from louver.storage import write_bytes
 from louver.study import Judging, study, weakened
 from louver.tasks import Attributes, Classification, Task
-from louver.thresholds import parse_rule
+from louver.thresholds import Rule, parse_rule
 from louver.training import fit
 from louver.types import Audit, Images, Log, Progress, Roles
 
@@ -86,26 +87,47 @@ def audit_run(
     Raises:
         LouverError: whatever the audit refuses.
     """
-    experiment = run.experiment
-    attacks = {attack: entry.attack for attack, entry in experiment.attacks.items()}
+    return _audit(run.experiment, [halves], run.roles, run.task, folder, name, [*run.notes, *notes], device, progress)
+
+
+def _audit(
+    experiment: Experiment,
+    splits: Sequence[Split],
+    roles: Roles,
+    task: Task | None,
+    folder: Path | None,
+    name: str,
+    notes: Sequence[str],
+    device: torch.device | str,
+    progress: Progress | None,
+) -> Audit:
+    attacks = _attacks(experiment)
     return audit(
-        [halves],
-        run.roles,
+        splits,
+        roles,
         attacks,
         threat=experiment.threat,
-        task=run.task,
+        task=task,
         label=experiment.data.label,
-        rules=[parse_rule(rule) for rule in experiment.thresholds],
+        rules=_rules(experiment),
         settings=_audit_settings(experiment),
         seed=experiment.seed,
         name=name,
         defense="none" if experiment.defense is None else defense_name(experiment.defense),
-        notes=[*run.notes, *notes, *weakened(attacks)],
+        notes=[*notes, *weakened(attacks)],
         config=experiment.table,
         folder=folder,
         device=device,
         progress=progress,
     )
+
+
+def _attacks(experiment: Experiment) -> dict[str, Attack]:
+    return {name: entry.attack for name, entry in experiment.attacks.items()}
+
+
+def _rules(experiment: Experiment) -> list[Rule]:
+    return [parse_rule(rule) for rule in experiment.thresholds]
 
 
 def run_experiment(
@@ -134,11 +156,8 @@ def run_experiment(
     RunFolder(folder).forget_audit()
     write_bytes(folder / "config.toml", experiment.to_toml().encode())
     save_weights(model, folder / "model.safetensors")
-    settings = _audit_settings(experiment)
-    attacks = {name: entry.attack for name, entry in experiment.attacks.items()}
-    rules = [parse_rule(rule) for rule in experiment.thresholds]
-    notes = [*notes, *weakened(attacks)]
     if experiment.defense is not None:
+        attacks = _attacks(experiment)
         assert task is not None
         study(
             splits[0],
@@ -147,7 +166,7 @@ def run_experiment(
             task,
             Judging(
                 attacks=attacks,
-                settings=settings,
+                settings=_audit_settings(experiment),
                 private=experiment.probes.columns,
                 identity=experiment.probes.identity,
                 camera=experiment.probes.camera,
@@ -159,8 +178,8 @@ def run_experiment(
             name=experiment.name,
             label=experiment.data.label,
             threat=experiment.threat,
-            rules=rules,
-            notes=notes,
+            rules=_rules(experiment),
+            notes=[*notes, *weakened(attacks)],
             table=experiment.table,
             seed=experiment.seed,
             device=device,
@@ -169,23 +188,7 @@ def run_experiment(
             log=log,
         )
         return load_audit(folder)
-    return audit(
-        splits,
-        roles,
-        attacks,
-        threat=experiment.threat,
-        task=task,
-        label=experiment.data.label,
-        rules=rules,
-        settings=settings,
-        seed=experiment.seed,
-        name=experiment.name,
-        notes=notes,
-        config=experiment.table,
-        folder=folder,
-        device=device,
-        progress=progress,
-    )
+    return _audit(experiment, splits, roles, task, folder, experiment.name, notes, device, progress)
 
 
 def _share(progress: Progress | None, low: float, high: float) -> Progress | None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import safetensors.torch
@@ -44,6 +44,7 @@ SCALES = "scales.safetensors"
 PROGRAM = "edge.pte"
 _ROWS_AT_ONCE = 64
 _AGREEMENT = 0.995
+_BITS: Mapping[Encoding, Literal[4, 8]] = {"uint8": 8, "uint4": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,8 @@ class ExportOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.encoding not in ("uint8", "uint4", "float32"):
-            raise ConfigError(f"expected an encoding of uint8, uint4 or float32, got {self.encoding!r}")
+        if self.encoding not in get_args(Encoding):
+            raise ConfigError(f"expected an encoding of {', '.join(get_args(Encoding))}, got {self.encoding!r}")
         if self.edge_weights not in ("float32", "int8"):
             raise ConfigError(f"expected edge weights of float32 or int8, got {self.edge_weights!r}")
         if self.calibration_images < 2:
@@ -216,7 +217,7 @@ def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOp
         raise CutError(f"cut {halves.cut.name!r}: expected float32 features, got {features.dtype}; cut elsewhere")
     quantize, dequantize = None, None
     if options.encoding != "float32":
-        quantize, dequantize = fit_quantization(features, 8 if options.encoding == "uint8" else 4)
+        quantize, dequantize = fit_quantization(features, _BITS[options.encoding])
     tell("edge graph", 0.05)
     noise = {one.name: torch.zeros(len(example), *one.shape) for one in edge.inputs}
     sending = _Sending(edge, quantize).eval()
@@ -488,5 +489,5 @@ def _scales(bundle: Bundle, halves: Split) -> tuple[Quantize | None, Dequantize 
         low, step = found["low"], found["step"]
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise BundleError(f"{path} is missing or damaged ({error}); export the bundle again") from error
-    bits: Literal[4, 8] = 8 if bundle.serving.encoding == "uint8" else 4
+    bits = _BITS[bundle.serving.encoding]
     return Quantize(low, step, bits), Dequantize(low, step, bits, halves.cut.feature_shape)

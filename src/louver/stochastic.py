@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from louver.errors import ConfigError
 
-__all__ = ["Noise", "RandomMask", "Stochastic", "drawing_from", "silenced"]
+__all__ = ["Noise", "RandomMask", "Stochastic", "drawing_from", "laplace_like", "silenced", "stochastic_layers"]
 
 
 class Stochastic(nn.Module):
@@ -53,9 +53,7 @@ class Noise(Stochastic):
             return z
         if self.kind == "gaussian":
             return z + self.std * torch.randn_like(z)
-        # The difference of two exponentials is Laplace with variance 2.
-        left, right = (-torch.log1p(-torch.rand_like(z)) for _ in range(2))
-        noisy: Tensor = z + self.std * (left - right) * 0.5**0.5
+        noisy: Tensor = z + self.std * laplace_like(z)
         return noisy
 
 
@@ -84,12 +82,23 @@ class RandomMask(Stochastic):
         return kept
 
 
+def laplace_like(z: Tensor) -> Tensor:
+    """Laplace noise of deviation 1 in the shape of `z`: the difference of two exponentials has variance 2."""
+    left, right = (-torch.log1p(-torch.rand_like(z)) for _ in range(2))
+    noise: Tensor = (left - right) * 0.5**0.5
+    return noise
+
+
+def stochastic_layers(module: nn.Module) -> list[Stochastic]:
+    """The layers of `module` that draw by chance."""
+    return [layer for layer in module.modules() if isinstance(layer, Stochastic)]
+
+
 def silenced(module: nn.Module) -> nn.Module:
     """A copy without chance: what an attacker searches through who knows the defense."""
     quiet = copy.deepcopy(module)
-    for layer in quiet.modules():
-        if isinstance(layer, Stochastic):
-            layer.is_silent = True
+    for layer in stochastic_layers(quiet):
+        layer.is_silent = True
     return quiet
 
 

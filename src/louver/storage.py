@@ -35,18 +35,18 @@ DAMAGED = (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFil
 """What reading a file that was cut short or changed can raise."""
 
 
+_RUN_AGAIN = "free space or choose another folder, then run again with --resume: what was finished is kept"
+
+
 @contextmanager
-def refusals(what: Path | str) -> Iterator[None]:
-    """Turns the operating system's refusal to write into a `StorageError` that says what to do."""
+def refusals(what: Path | str, *, doing: str = "write", then: str = _RUN_AGAIN) -> Iterator[None]:
+    """Turns the operating system's refusal into a `StorageError` that says what to do then."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"cannot write {what}: {error.strerror or error}; free space or choose another folder, then run again "
-            "with --resume: what was finished is kept"
-        ) from error
+        raise StorageError(f"cannot {doing} {what}: {error.strerror or error}; {then}") from error
 
 
 def write_with(path: Path, fill: Callable[[BinaryIO], object]) -> Path:

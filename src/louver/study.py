@@ -49,7 +49,7 @@ from louver.probes import (
 )
 from louver.probes.identity import LEAST_IDENTITIES
 from louver.runs import RunFolder
-from louver.stochastic import Noise, Stochastic, drawing_from, silenced
+from louver.stochastic import Noise, Stochastic, drawing_from, silenced, stochastic_layers
 from louver.storage import write_json
 from louver.tasks import Classification, Task
 from louver.thresholds import Rule
@@ -263,16 +263,16 @@ class _Sent:
         }
         self.images = {"test": self.test, "train": self.train_images, "validation": self.validation_images}
 
-    def of(self, images: Images, noise_seed: int) -> Tensor:
-        """What the edge sends for any images."""
+    def of(self, images: Images, noise_seed: int = 0, *, is_silent: bool = False) -> Tensor:
+        """What the edge sends for any images, or would send without its noise."""
         rows = compute_features(
-            self._edge,
+            silenced(self._edge) if is_silent else self._edge,
             ImageRows(images),
             self._shape,
             device=self._device,
             memory_bytes=2**31,
             seed=noise_seed,
-            observations=self._observations,
+            observations=1 if is_silent else self._observations,
         )
         return rows.rows(np.arange(len(images)))
 
@@ -424,11 +424,11 @@ def _log_rank_privacy(hard: Split, sent: _Sent, roles: Roles, judging: Judging, 
         return None
     assert judging.identity is not None
     known_of, wanted = (torch.from_numpy(one.column(judging.identity)) for one in (roles.train, sent.test))
-    layers = [layer for layer in hard.edge.modules() if isinstance(layer, Stochastic)]
+    layers = stochastic_layers(hard.edge)
     if not all(_is_gaussian(layer) for layer in layers):
         return None
     std = _deviation(layers) / judging.settings.observations**0.5
-    clean = _clean_features(hard, roles.train)
+    clean = sent.of(roles.train, is_silent=True)
     found = log_rank_privacy(clean, known_of, sent.features["test"], wanted, noise_std=std)
     return _hidden(found.privacy, found.chance, found.top1, found.log_ranks, found.hits, seed)
 
@@ -467,20 +467,11 @@ def _explained(hard: Split) -> float | None:
     return float(explained_variance(hard).sum())
 
 
-def _clean_features(hard: Split, images: Images) -> Tensor:
-    """What the edge would send without its noise."""
-    quiet = silenced(hard.edge).eval()
-    device = next((p.device for p in quiet.parameters()), torch.device("cpu"))
-    pictures = torch.from_numpy(images.floats())
-    with torch.no_grad():
-        return torch.cat([quiet(part.to(device)).cpu() for part in pictures.split(256)])
-
-
 def _rank_privacy(hard: Split, sent: _Sent, observations: int, seed: int) -> dict[str, float] | None:
     """How well a picture's noisy features hide among those of other test pictures; None without Gaussian noise."""
-    layers = [layer for layer in hard.edge.modules() if isinstance(layer, Stochastic)]
+    layers = stochastic_layers(hard.edge)
     if not layers or not all(_is_gaussian(layer) for layer in layers):
         return None
-    clean = _clean_features(hard, sent.test)
+    clean = sent.of(sent.test, is_silent=True)
     found = rank_privacy(clean, sent.features["test"], _deviation(layers) / observations**0.5)
     return _hidden(found.privacy, found.chance, found.top1, found.ranks, found.hits, seed)

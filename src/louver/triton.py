@@ -35,7 +35,7 @@ def write_triton(bundle: Bundle, folder: Path, *, max_batch: int = 32, max_delay
 
     Raises:
         ConfigError: that model is there already, or a batch or delay out of range.
-        BundleError: the bundle has no cloud half.
+        BundleError: the bundle has no cloud half, or a changed byte in it.
         StorageError: the disk refused.
     """
     if max_batch < 1 or max_delay_us < 0:
@@ -44,7 +44,7 @@ def write_triton(bundle: Bundle, folder: Path, *, max_batch: int = 32, max_delay
     model = folder / name
     if model.exists():
         raise ConfigError(f"{model} is there already; remove it, or choose another folder")
-    content = bundle.path(CLOUD).read_bytes()
+    content = bundle.content(CLOUD)
     config = _CONFIG.format(
         name=json.dumps(name),
         max_batch=max_batch,

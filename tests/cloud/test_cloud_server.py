@@ -479,10 +479,10 @@ def test_sighup_swaps_under_load_and_no_request_fails(tmp_path):
     body, headers = asking(feature)
     wanted = {bundle.id: truth(bundle, feature) for bundle in made}
     stop = threading.Event()
+    old, current = set(), set()
     with running(tmp_path / "log", live, options=("--drain-s", "0")) as server:
 
-        def ask_on(path: str) -> set[str]:
-            versions = set()
+        def ask_on(path: str, versions: set[str]) -> None:
             connection = server.connect()
             while not stop.is_set():
                 connection.request("POST", path, body, headers)
@@ -495,19 +495,18 @@ def test_sighup_swaps_under_load_and_no_request_fails(tmp_path):
                 np.testing.assert_allclose(scores, wanted[version], rtol=1e-4, atol=1e-4)
                 versions.add(version)
             connection.close()
-            return versions
 
         with ThreadPoolExecutor(4) as pool:
             try:
-                old = [pool.submit(ask_on, infer_path(made[0])) for _ in range(2)]
-                current = [pool.submit(ask_on, "/v2/models/toy/infer") for _ in range(2)]
+                clients = [pool.submit(ask_on, infer_path(made[0]), old) for _ in range(2)]
+                clients += [pool.submit(ask_on, "/v2/models/toy/infer", current) for _ in range(2)]
+                eventually(lambda: old and current)
                 for i in (1, 2):
                     beside = tmp_path / "beside"
                     beside.symlink_to(tmp_path / f"v{i}")
                     beside.rename(live)
                     server.process.send_signal(signal.SIGHUP)
-                    eventually(lambda i=i: len(server.lines("bundles read")) == i)
-                    time.sleep(0.1)
+                    eventually(lambda i=i: made[i].id in current)
                 # A bundle that is damaged changes nothing.
                 (tmp_path / "v2" / "cloud.onnx").write_bytes(b"damaged")
                 server.process.send_signal(signal.SIGHUP)
@@ -515,8 +514,10 @@ def test_sighup_swaps_under_load_and_no_request_fails(tmp_path):
                 time.sleep(0.1)
             finally:
                 stop.set()
-        assert set.union(*(one.result() for one in old)) == {made[0].id}
-        assert set.union(*(one.result() for one in current)) == {bundle.id for bundle in made}
+        for one in clients:
+            one.result()
+        assert old == {made[0].id}
+        assert current == {bundle.id for bundle in made}
         (line,) = server.lines("bundle not loaded: what was served goes on")
         assert "not the file that was exported" in line["reason"]
         assert server.lines("bundles read")[2]["models"] == [f"toy/{made[2].id}"]

@@ -1,17 +1,11 @@
 """Triton: the model repository that we write, and that our server answers its clients as the real one does.
 
 The second half needs a Triton server: LOUVER_TRITON names an environment that holds the wheel nvidia-pytriton, made as
-CONTRIBUTING.md tells. Its binary knows models in Python alone, so the ONNX graph is run by a few lines of that.
-"""
+CONTRIBUTING.md tells."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,27 +21,12 @@ from louver.edge import Edge, Settings
 from louver.errors import BundleError, ConfigError
 from louver.triton import triton_name, write_triton
 from servers import features, running, truth
+from tritons import triton_running
 
 ENVIRONMENT = os.environ.get("LOUVER_TRITON")
 needs_triton = pytest.mark.skipif(
     ENVIRONMENT is None, reason="needs a Triton server: LOUVER_TRITON names its environment"
 )
-MODEL = """
-import pathlib, numpy, onnxruntime
-import triton_python_backend_utils as backend
-
-class TritonPythonModel:
-    def initialize(self, args):
-        path = pathlib.Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        self.session = onnxruntime.InferenceSession(str(path))
-
-    def execute(self, requests):
-        features = [backend.get_input_tensor_by_name(one, "feature").as_numpy() for one in requests]
-        scores = self.session.run(None, {"feature": numpy.concatenate(features)})[0]
-        ends = numpy.cumsum([len(one) for one in features])[:-1]
-        parts = numpy.split(scores, ends)
-        return [backend.InferenceResponse([backend.Tensor("scores", part)]) for part in parts]
-"""
 
 
 def test_the_repository_says_what_the_bundle_is(tmp_path: Path) -> None:
@@ -111,52 +90,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def triton(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
     """Ports of a Triton server with the bundle's cloud half: (REST, gRPC)."""
-    folder = tmp_path_factory.mktemp("triton")
-    model = write_triton(bundle, folder / "models")
-    config = model / "config.pbtxt"
-    config.write_text(config.read_text().replace('backend: "onnxruntime"', 'backend: "python"'))
-    (model / "1" / "model.py").write_text(MODEL)
-    (packages,) = Path(ENVIRONMENT or "").glob("lib/python3*/site-packages")
-    home = packages / "pytriton" / "tritonserver"
-    stub = home / "python_backend_stubs" / packages.parent.name.removeprefix("python") / "triton_python_backend_stub"
-    backends = folder / "backends"
-    shutil.copytree(home / "backends", backends)
-    shutil.copy(stub, backends / "python")
-    ports = [_free_port() for _ in range(3)]
-    command = [str(home / "bin" / "tritonserver"), "--model-repository", str(folder / "models")]
-    command += ["--backend-directory", str(backends), "--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1"]
-    command += [f"--{what}-port={port}" for what, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
-    environment = os.environ | {
-        "PYTHONPATH": str(packages),
-        "PATH": f"{ENVIRONMENT}/bin:{os.environ['PATH']}",
-        "LD_LIBRARY_PATH": str(packages / "nvidia_pytriton.libs"),
-    }
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        _wait_until_ready(f"http://127.0.0.1:{ports[0]}/v2/health/ready", process, folder / "log")
-        yield ports[0], ports[1]
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(300):
-        assert process.poll() is None, log.read_text()[-2000:]
-        try:
-            with urllib.request.urlopen(address, timeout=1) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(log.read_text()[-2000:])
+    with triton_running(Path(ENVIRONMENT or ""), bundle, tmp_path_factory.mktemp("triton")) as ports:
+        yield ports
 
 
 def _ask(module, client, feature: np.ndarray, model: str, version: str, *, is_binary: bool, zipped: str | None):

@@ -377,4 +377,4 @@ def test_a_device_needs_neither_torch_nor_the_lab(tmp_path: Path) -> None:
         command = [sys.executable, "-c", code, str(tmp_path), cloud.address]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[] ['bundle', 'edge', 'errors', 'storage', 'triton']"
+    assert done.stdout.strip() == "[] ['bundle', 'edge', 'errors', 'graph_errors', 'storage', 'triton']"

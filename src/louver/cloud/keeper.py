@@ -22,7 +22,6 @@ from prometheus_client.registry import Collector
 from louver.bundle import CLOUD, MANIFEST, read_bundle
 from louver.cloud.budgets import Budgets
 from louver.cloud.clients import Clients
-from louver.cloud.models import verified
 from louver.cloud.refusals import Refusal
 from louver.cloud.repository import bundles_in
 from louver.cloud.settings import Settings
@@ -267,10 +266,10 @@ def read_contents(paths: Sequence[Path]) -> dict[str, Content]:
         for folder in bundles_in(path):
             try:
                 bundle = read_bundle(folder)
-                content = Content(version=bundle.id, manifest=(folder / MANIFEST).read_bytes(), cloud=verified(bundle))
+                manifest, cloud = (folder / MANIFEST).read_bytes(), bundle.content(CLOUD)
             except OSError as error:
                 raise BundleError(f"{folder}: {error.strerror}; see who may read it") from error
-            found.setdefault(bundle.id, content)
+            found.setdefault(bundle.id, Content(version=bundle.id, manifest=manifest, cloud=cloud))
     return found
 
 

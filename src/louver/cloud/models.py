@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,24 +10,16 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 
 from louver.bundle import CLOUD, Bundle, read_bundle
 from louver.errors import BundleError
+from louver.graph_errors import RUN_ERRORS
 from louver.signing import verify_bundle
 
-__all__ = ["FEATURE", "RUN_ERRORS", "SCORES", "Model", "load_model", "verified"]
+__all__ = ["FEATURE", "SCORES", "Model", "load_model"]
 
 FEATURE, SCORES = "feature", "scores"
 """The one input and the one output, in the graph and on the wire."""
-
-RUN_ERRORS: tuple[type[Exception], ...] = (
-    *(one for one in vars(onnx_errors).values() if isinstance(one, type) and issubclass(one, Exception)),
-    MemoryError,
-    RuntimeError,
-    ValueError,
-)
-"""What onnxruntime raises: classes of its own without a common root, and those of Python."""
 
 _TYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "UINT8": ("tensor(uint8)", np.dtype(np.uint8)),
@@ -61,7 +52,7 @@ def load_model(folder: Path, *, threads: int, maker_key: Path | None = None) -> 
     """
     try:
         bundle = read_bundle(folder) if maker_key is None else verify_bundle(folder, key=maker_key)
-        content = verified(bundle)
+        content = bundle.content(CLOUD)
     except OSError as error:
         raise BundleError(f"{folder}: {error.strerror}; see who may read it") from error
     options = onnxruntime.SessionOptions()
@@ -98,25 +89,6 @@ def load_model(folder: Path, *, threads: int, maker_key: Path | None = None) -> 
         dtype=_TYPES[serving.wire_dtype][1],
         feature_bytes=serving.feature_bytes,
     )
-
-
-def verified(bundle: Bundle) -> bytes:
-    """The bytes of the graph whose hash is that of the manifest: read once, so that none can change in between.
-
-    Raises:
-        BundleError: no graph, or a changed byte.
-    """
-    path = bundle.path(CLOUD)
-    if not path.is_file():
-        raise BundleError(f"expected {CLOUD} in {bundle.folder}, got none; copy the whole bundle")
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != bundle.serving.files[CLOUD]:
-        raise BundleError(
-            f"{path} is not the file that was exported: expected sha256 {bundle.serving.files[CLOUD]}, got {found}; "
-            "copy or export the bundle again"
-        )
-    return content
 
 
 def _check(bundle: Bundle, session: Any) -> None:  # noqa: ANN401 - onnxruntime has no types

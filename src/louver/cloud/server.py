@@ -121,27 +121,25 @@ async def serve(app: App, listening: Listening, *, started: Callable[[Addresses]
     tls = _tls(listening)
     loop = asyncio.get_running_loop()
     host = f"[{listening.host}]" if ":" in listening.host else listening.host
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         rest_socket = stack.enter_context(_socket(listening.host, listening.port))
-        servers, sockets = [_rest_server(app, listening)], [rest_socket]
+        server = _rest_server(app, listening)
         metrics = rpc = rpc_address = None
         if listening.metrics_port is not None:
-            sockets.append(stack.enter_context(_socket("127.0.0.1", listening.metrics_port)))
 
             async def text() -> bytes:
                 return service.metrics_text()
 
-            servers.append(_metrics_server(text))
-            metrics = f"http://127.0.0.1:{sockets[-1].getsockname()[1]}/metrics"
+            metrics = await stack.enter_async_context(serve_metrics(listening.metrics_port, text))
         if listening.grpc_port is not None:
             rpc, port = create_rpc_server(service, f"{host}:{listening.grpc_port}", tls)
             await rpc.start()
             rpc_address = f"{host}:{port}"
-        running = [loop.create_task(server.serve([one])) for server, one in zip(servers, sockets, strict=True)]
-        running.append(loop.create_task(_sweep(service, servers[0], listening)))
+        running = loop.create_task(server.serve([rest_socket]))
+        sweeping = loop.create_task(_sweep(service, server, listening))
         signals = _Signals(service)
         with signals.taken(loop):
-            while not all(server.started for server in servers):
+            while not server.started:
                 await asyncio.sleep(0.005)
             rest = f"{'https' if tls is not None else 'http'}://{host}:{rest_socket.getsockname()[1]}"
             started(Addresses(rest=rest, grpc=rpc_address, metrics=metrics))
@@ -150,13 +148,12 @@ async def serve(app: App, listening: Listening, *, started: Callable[[Addresses]
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(signals.at_once.wait(), listening.drain_s)
             _log.info("closing")
-            for server in servers:
-                server.should_exit = True
+            server.should_exit = True
             grace_s = _grace_s(service)
             if rpc is not None:
                 await rpc.stop(grace_s)
-            await asyncio.gather(*running[: len(servers)])
-        running[-1].cancel()
+            await running
+        sweeping.cancel()
     service.close()
     _log.info("ended")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from louver.bundle import EDGE, HEAD, Bundle, read_bundle
+from louver.bundle import Bundle, read_bundle
 from louver.edge.address import Token
 from louver.edge.half import EdgeHalf, HeadHalf, checked_images
 from louver.edge.settings import Policy, Settings
@@ -112,13 +112,14 @@ class Edge:
             raise ConfigError(f"policy: got {policy!r}; {nearest(str(policy), list(get_args(Policy)))}")
         settings = settings or Settings()
         folder = bundle.folder if isinstance(bundle, Bundle) else bundle
-        found = read_bundle(folder, needs=(EDGE, HEAD) if policy == "local" else (EDGE,))
-        if isinstance(bundle, Bundle) and found.id != bundle.id:
-            raise BundleError(f"{folder}: expected bundle {bundle.id}, got {found.id}; read it again")
-        if settings.maker_key is not None:
+        if settings.maker_key is None:
+            found = read_bundle(folder)
+        else:
             from louver.signing import verify_bundle
 
-            found = verify_bundle(found.folder, key=settings.maker_key)
+            found = verify_bundle(Path(folder), key=settings.maker_key)
+        if isinstance(bundle, Bundle) and found.id != bundle.id:
+            raise BundleError(f"{folder}: expected bundle {bundle.id}, got {found.id}; read it again")
         self.bundle, self.policy, self.settings = found, policy, settings
         self._edge = EdgeHalf(found, threads=settings.threads)
         self._head = HeadHalf(found, threads=settings.threads) if policy == "local" else None

@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from louver.bundle import EDGE, HEAD, Bundle, Noise
 from louver.errors import BundleError, DataError
+from louver.graph_errors import RUN_ERRORS
 
 __all__ = ["EdgeHalf", "HeadHalf", "checked_images", "draw"]
 
 _FEATURE = {"UINT8": np.dtype(np.uint8), "FP32": np.dtype(np.float32)}
-# Its errors have no base of their own, and which of them a damaged graph raises depends on where it is damaged.
-_BROKEN = tuple(kind for kind in vars(states).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
 class _Half:
@@ -34,10 +32,10 @@ class _Half:
         # Idle threads that spin take the processor from the camera.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
-        path = bundle.path(file)
+        path, content = bundle.path(file), bundle.content(file)
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except _BROKEN as error:
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except RUN_ERRORS as error:
             raise BundleError(f"{path}: onnxruntime cannot load it ({error}); export the bundle again") from error
         found = {one.name for one in self._session.get_inputs()}, {one.name for one in self._session.get_outputs()}
         if found != (set(inputs), {output}):
@@ -56,7 +54,7 @@ class _Half:
         out: NDArray[Any]
         try:
             (out,) = self._session.run([self._output], inputs)
-        except _BROKEN as error:
+        except RUN_ERRORS as error:
             raise BundleError(f"{self._path}: onnxruntime cannot run it ({error}); export the bundle again") from error
         if out.shape != expected:
             raise BundleError(

@@ -17,8 +17,6 @@ import base64
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -27,6 +25,7 @@ from louver.bundle import Bundle
 from louver.edge.settings import Settings
 from louver.edge.wire import Request
 from louver.errors import BusyError, ConfigError, DamagedError, MissingExtraError, StorageError
+from louver.storage import refusals
 
 if TYPE_CHECKING:
     from cryptography.exceptions import InvalidTag
@@ -37,6 +36,7 @@ __all__ = ["Outbox"]
 _FORMAT = 1
 _NONCE, _KEY_BYTES = 12, 32
 _MOST_HEAD = 2**12
+_THEN = "what the queue had acknowledged is whole; free space or mend the disk"
 
 
 class Outbox:
@@ -50,11 +50,11 @@ class Outbox:
         self._guard = Lock()
         self._lock_file = -1
         key_file = settings.queue_key or self.folder.with_name(self.folder.name + ".key")
-        with _refusals(self.folder):
+        with refusals(self.folder, then=_THEN):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock_file = _locked(self.folder)
         try:
-            with _refusals(self.folder):
+            with refusals(self.folder, then=_THEN):
                 self._open(key_file)
         except BaseException:
             self.close()
@@ -147,7 +147,7 @@ class Outbox:
             if self._lock_file < 0:
                 raise StorageError(f"{self.folder} was closed; nothing was kept; open it again")
             self._check_room(size)
-            with _refusals(self.folder):
+            with refusals(self.folder, then=_THEN):
                 _write(self._path(place), [nonce, sealed])
             self._sizes[place] = size
 
@@ -174,7 +174,7 @@ class Outbox:
             StorageError: the disk does not give it.
         """
         path = self._path(place)
-        with _refusals(path, doing="read"):
+        with refusals(path, doing="read", then=_THEN):
             content = path.read_bytes()
         try:
             plain = self._cipher.decrypt(content[:_NONCE], content[_NONCE:], self._seal(place))
@@ -186,7 +186,7 @@ class Outbox:
 
     def remove(self, place: int) -> None:
         """Forgets a request whose answer was delivered, or that its owner gives up."""
-        with self._guard, _refusals(self.folder):
+        with self._guard, refusals(self.folder, then=_THEN):
             self._path(place).unlink(missing_ok=True)
             _sync(self.folder)
             self._sizes.pop(place, None)
@@ -194,7 +194,7 @@ class Outbox:
     def set_aside(self, place: int) -> Path:
         """Moves a damaged entry out of the way; where it is now."""
         path = self._path(place)
-        with self._guard, _refusals(self.folder):
+        with self._guard, refusals(self.folder, then=_THEN):
             aside = path.replace(path.with_suffix(".damaged"))
             _sync(self.folder)
             self._sizes.pop(place, None)
@@ -274,17 +274,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _refusals(what: Path, *, doing: str = "write") -> Iterator[None]:
-    """Turns the operating system's refusal into a `StorageError` that says what to do."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"cannot {doing} {what}: {error.strerror or error}; what the queue had acknowledged is whole; free space "
-            "or mend the disk"
-        ) from error

@@ -153,14 +153,15 @@ def learned_metric(
     order = torch.randperm(len(repeated), generator=torch.Generator().manual_seed(seed))
     apart = torch.isin(identity, repeated[order[: max(2, len(repeated) // 5)]].to(flat.device))
     mapping = _within_whitened(flat[~apart], identity[~apart])
-    best, least = mapping(_SHRINKAGES[0]), -1.0
-    for shrinkage in _SHRINKAGES:
-        projection = mapping(shrinkage)
+    projections = [mapping(shrinkage) for shrinkage in _SHRINKAGES]
+
+    def accuracy(projection: Tensor) -> float:
         found = reidentify(
             flat[apart] @ projection, identity[apart], is_scaled=True, seed=seed, resamples=100, device=device
         )
-        if found.accuracy > least:
-            best, least = projection, found.accuracy
+        return found.accuracy
+
+    best = max(projections, key=accuracy)
     return tuple((one @ best).cpu() for one in seen)
 
 
