@@ -123,7 +123,7 @@ def main() -> None:
         "bodies": int(found[-1][0]),
         "corpus": n_seeds,
         "crashes": 0,
-        "MiB grown after the first 5,000": max(grown, default=0),
+        "MiB grown after the first 5,000": max(grown) if grown else None,
     }
     print(record("fuzz", figures, seed=0, seconds=time.monotonic() - started))
 
