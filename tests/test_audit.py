@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from louver.attacks import Decoder, Inverter, Likelihood, View
+from louver.attacks import Decoder, Inverter, Likelihood, Shadow, View
 from louver.attacks.mean_image import Constant
 from louver.audit import FLOOR, Settings, audit
 from louver.cut import Split, split
@@ -94,6 +95,20 @@ def recorder(**changes: object) -> Recorder:
 def run(splits: list[Split], roles: Roles, attacks: dict[str, object], **changes: object) -> Audit:
     options = {"task": Classification("kind", 3), "label": "kind", "settings": FAST, "seed": 4} | changes
     return audit(splits, roles, attacks, **options)
+
+
+def test_progress_never_goes_back(splits: list[Split], roles: Roles) -> None:
+    told: list[tuple[float, str]] = []
+    attacks = {
+        "decoder": Decoder(width=64, blocks=1, epochs=2, restarts=2, trial_steps=1),
+        "likelihood": Likelihood(steps=6, sweep_steps=3, n_sweep=2),
+        "shadow": Shadow(epochs=2, decoder=Decoder(width=64, blocks=1, epochs=1, restarts=1)),
+    }
+    run(splits, roles, attacks, progress=lambda what, fraction: told.append((fraction, what)))
+    for (before, _), (after, what) in itertools.pairwise(told):
+        assert before <= after + 1e-9, what
+    assert told[-1][0] == pytest.approx(1)
+    assert len(told) > 20
 
 
 def test_attackers_never_meet_a_test_image(splits: list[Split], roles: Roles) -> None:

@@ -34,7 +34,7 @@ from louver.runs import RunFolder, Unit
 from louver.stochastic import drawing_from, stochastic_layers
 from louver.tasks import Task
 from louver.thresholds import Rule, judge
-from louver.types import Audit, Finding, Images, Progress, Roles, Threat
+from louver.types import Audit, Finding, Images, Progress, Roles, Threat, share_of
 
 __all__ = ["FLOOR", "Settings", "audit"]
 
@@ -303,12 +303,10 @@ class _Site:
         """What the threat model grants at this cut."""
         if self._view is None:
             has_features = bool(self.threat.grants & {"edge", "query"})
-            train, validation = (
-                self._auxiliary(images, has_features, is_mirrored, self.seed + 1 + order, progress)
-                for order, (images, is_mirrored) in enumerate(
-                    zip(self.known, (self.settings.mirror_auxiliary, False), strict=True)
-                )
-            )
+            most, few = share_of(progress, 0.0, 0.9), share_of(progress, 0.9, 1.0)
+            owned, chosen_on = self.known
+            train = self._auxiliary(owned, has_features, self.settings.mirror_auxiliary, self.seed + 1, most)
+            validation = self._auxiliary(chosen_on, has_features, False, self.seed + 2, few)
             self._view = View(
                 image_shape=self.test.image_shape,
                 feature_shape=self.split.cut.feature_shape,
@@ -363,10 +361,10 @@ class _Site:
         progress: Progress,
     ) -> Unit:
         """One attack at this cut, from preparation to scores. The attack sees features of test images, never them."""
-        view = replace(self.view(progress), earlier={k: make() for k, make in earlier.items()})
+        view = replace(self.view(share_of(progress, 0.0, 0.1)), earlier={k: make() for k, make in earlier.items()})
         started = time.monotonic()
-        inverter = attack.prepare(view, seed=self.seed, progress=progress)
-        guesses = self._invert(name, inverter, n_images, progress)
+        inverter = attack.prepare(view, seed=self.seed, progress=share_of(progress, 0.1, 0.7))
+        guesses = self._invert(name, inverter, n_images, share_of(progress, 0.7, 1.0))
         seconds = time.monotonic() - started
         truth = torch.from_numpy(self.test.floats(slice(0, n_images)))
         values = {}

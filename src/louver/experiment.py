@@ -26,7 +26,7 @@ from louver.study import Judging, study, weakened
 from louver.tasks import Attributes, Classification, Task
 from louver.thresholds import Rule, parse_rule
 from louver.training import fit
-from louver.types import Audit, Images, Log, Progress, Roles
+from louver.types import Audit, Images, Log, Progress, Roles, share_of
 
 __all__ = ["Run", "audit_run", "load_roles", "load_run", "run_experiment"]
 
@@ -148,9 +148,9 @@ def run_experiment(
         progress("reading images", 0.0)
     roles, notes = load_roles(experiment)
     task = _task(experiment, roles)
-    model = _victim(experiment, roles, task, folder, device, _share(progress, 0.0, _TRAINING_SHARE))
+    model = _victim(experiment, roles, task, folder, device, share_of(progress, 0.0, _TRAINING_SHARE))
     if experiment.training is not None:
-        progress = _share(progress, _TRAINING_SHARE, 1.0)
+        progress = share_of(progress, _TRAINING_SHARE, 1.0)
     splits = _splits(experiment, model, torch.from_numpy(roles.test.floats(slice(0, 2))))
     # Only now is the folder a run's: what was refused before leaves none behind.
     RunFolder(folder).forget_audit()
@@ -189,14 +189,6 @@ def run_experiment(
         )
         return load_audit(folder)
     return _audit(experiment, splits, roles, task, folder, experiment.name, notes, device, progress)
-
-
-def _share(progress: Progress | None, low: float, high: float) -> Progress | None:
-    """Progress of one part, as what lies between `low` and `high` of the whole."""
-    if progress is None:
-        return None
-    tell = progress
-    return lambda what, fraction: tell(what, low + (high - low) * fraction)
 
 
 def _audit_settings(experiment: Experiment) -> Settings:

@@ -31,6 +31,7 @@ __all__ = [
     "Row",
     "Threat",
     "Verdict",
+    "share_of",
 ]
 
 GRANTS = ("auxiliary", "edge", "query")
@@ -38,6 +39,17 @@ GRANTS = ("auxiliary", "edge", "query")
 
 Progress = Callable[[str, float], None]
 """Called as `progress(what, fraction)` while long work goes on; `fraction` is the share that is done."""
+
+
+def share_of(progress: Progress | None, low: float, high: float) -> Progress:
+    """Progress of one part, as what lies between `low` and `high` of the whole; told to nobody where that is None."""
+
+    def tell(what: str, fraction: float) -> None:
+        if progress is not None:
+            progress(what, low + (high - low) * fraction)
+
+    return tell
+
 
 Log = Callable[[int, Mapping[str, float]], None]
 """Called as `log(epoch, figures)` after each epoch, from 1."""

@@ -31,7 +31,7 @@ from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError
 from louver.measures.image import SSIM_MIN_SIDE, ssim
 from louver.stochastic import drawing_from
-from louver.types import Progress
+from louver.types import Progress, share_of
 
 __all__ = ["Decoder"]
 
@@ -95,6 +95,7 @@ class Decoder:
         runs: list[_Run] = []
         starts = _starts(train, validation, view.image_shape, self.layout)
         n_trials = len(starts) * self.restarts
+        trials, epochs = share_of(progress, 0.0, 0.2), share_of(progress, 0.2, 1.0)
         for base, mean, scale in starts:
             guesses = (
                 # Of features that are drawn anew at each look nothing can be known before.
@@ -107,17 +108,13 @@ class Decoder:
                 runs.append(run)
                 if n_trials > 1:
                     run.epoch(0, most_steps=self.trial_steps)
-                    _tell(progress, f"trial {len(runs)}/{n_trials}, {base.layout}", len(runs) / n_trials)
+                    trials(f"trial {len(runs)}/{n_trials}, {base.layout}", len(runs) / n_trials)
         run = min(runs, key=lambda r: r.last_error)
         for epoch in range(self.epochs):
             run.epoch(epoch)
             if run.stale >= self.patience:
                 break
-            _tell(
-                progress,
-                f"epoch {epoch + 1}/{self.epochs}, validation loss {run.best_error:.5f}",
-                (epoch + 1) / self.epochs,
-            )
+            epochs(f"epoch {epoch + 1}/{self.epochs}, validation loss {run.best_error:.5f}", (epoch + 1) / self.epochs)
         if not math.isfinite(run.last_error):
             raise AttackError(
                 f"Decoder: training diverged in the best of {self.restarts} restarts; lower learning_rate"
@@ -141,11 +138,6 @@ class Decoder:
         network = _build(self, view, base, state["mean"], state["scale"], seed=0)
         network.load_state_dict({name: tensor for name, tensor in state.items() if name != "grid"})
         return _Trained(network, view.device)
-
-
-def _tell(progress: Progress | None, what: str, fraction: float) -> None:
-    if progress is not None:
-        progress(what, fraction)
 
 
 def _starts(

@@ -17,7 +17,7 @@ from louver.attacks.decoder import Decoder
 from louver.attacks.linear import feature_statistics, standardization
 from louver.errors import AttackError, ConfigError, DataError, ThreatError
 from louver.stochastic import drawing_from
-from louver.types import Progress
+from louver.types import Progress, share_of
 
 __all__ = ["Shadow"]
 
@@ -74,7 +74,7 @@ class Shadow:
             )
         with drawing_from(seed):
             substitute = _Substitute(view.image_shape, view.feature_shape, self.width).to(view.device)
-        self._fit(substitute, view, train, seed, progress)
+        self._fit(substitute, view, train, seed, share_of(progress, 0.0, 0.3))
         substitute.eval().requires_grad_(False)
 
         def seen(auxiliary: Auxiliary) -> Auxiliary:
@@ -82,14 +82,15 @@ class Shadow:
 
         shadow_view = replace(view, train=seen(train), validation=seen(validation), edge=None)
         mean, scale = feature_statistics(seen(train))
-        return _Aligned(self.decoder.prepare(shadow_view, seed=seed, progress=progress), mean, scale)
+        inner = self.decoder.prepare(shadow_view, seed=seed, progress=share_of(progress, 0.3, 1.0))
+        return _Aligned(inner, mean, scale)
 
     def restore(self, view: View, state: Mapping[str, Tensor]) -> Inverter:
         """The decoder of the substitute again."""
         inner = {name.removeprefix("decoder."): state[name] for name in state if name.startswith("decoder.")}
         return _Aligned(self.decoder.restore(view, inner), state["substitute.mean"], state["substitute.scale"])
 
-    def _fit(self, substitute: nn.Module, view: View, train: Auxiliary, seed: int, progress: Progress | None) -> None:
+    def _fit(self, substitute: nn.Module, view: View, train: Auxiliary, seed: int, progress: Progress) -> None:
         assert train.labels is not None
         cloud = copy.deepcopy(view.cloud).eval().requires_grad_(False).to(view.device)
         optimizer = torch.optim.AdamW(substitute.parameters(), lr=self.learning_rate, weight_decay=1e-4)
@@ -119,8 +120,7 @@ class Shadow:
                     loss.backward()
                     optimizer.step()
                     schedule.step()
-                if progress is not None:
-                    progress(f"substitute, epoch {epoch + 1}/{self.epochs}", (epoch + 1) / self.epochs)
+                progress(f"substitute, epoch {epoch + 1}/{self.epochs}", (epoch + 1) / self.epochs)
 
 
 @dataclass(frozen=True)
