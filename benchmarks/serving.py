@@ -5,7 +5,7 @@ server, as for the echo. `overhead`: p50 and p99 in ms of one client with one co
 network is one slice, so that what is left is the server. `throughput`: 32 clients, one image each, against the same
 session run in this process by as many threads, in batches that those clients could fill.
 
-    python benchmarks/serving.py [--rounds 5] [--calls 400] [--seconds 5] [--bundle DIR]
+    python benchmarks/serving.py [--rounds 5] [--calls 400] [--seconds 5] [--bundle DIR] [--only overhead|throughput]
 """
 
 from __future__ import annotations
@@ -310,6 +310,24 @@ def measure_overhead(calls: dict[str, Callable[[], None]], rounds: int, count: i
     return figures
 
 
+def measure_throughput(ours: dict[str, Any], loaded: Bundle, token: str, rounds: int, seconds: float) -> dict[str, Any]:
+    batching = Batching()
+    model = load_model(loaded.folder, threads=batching.threads)
+    served, alone = [], []
+    for _ in range(rounds):
+        alone.append(rate_in_process(model, batching, seconds))
+        served.append(rate_of_clients(ours["rest"], loaded, token, seconds))
+    ratios = sorted(one / other for one, other in zip(served, alone, strict=True))
+    return {
+        "clients": CLIENTS,
+        "workers": batching.workers,
+        "threads": batching.threads,
+        "served_per_s": round(median(served), 1),
+        "in_process_per_s": round(median(alone), 1),
+        "ratio": [round(value, 3) for value in (ratios[0], median(ratios), ratios[-1])],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -318,6 +336,7 @@ def main() -> None:
     parser.add_argument(
         "--bundle", type=Path, help="whose cloud half is put under load; one like resnet18's by default"
     )
+    parser.add_argument("--only", choices=("overhead", "throughput"), help="one of the two, printed and not recorded")
     parser.add_argument("--dry", action="store_true", help="print the figures and record nothing")
     parser.add_argument("--echo", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -338,28 +357,17 @@ def main() -> None:
         tokens = ["--tokens", str(folder / "tokens.json")]
         ours = stack.enter_context(started("-m", "louver", "serve", *paths, *ports, *tokens, "--json"))
         bare = stack.enter_context(started(__file__, "--echo"))
-        figures: dict[str, Any] = {"overhead": {}}
-        for size, bundle in small.items():
-            calls = overhead(ours, bare, bundle, token)
-            figures["overhead"][size] = measure_overhead(calls, arguments.rounds, arguments.calls)
-            print(size, json.dumps(figures["overhead"][size]))
-        batching = Batching()
-        model = load_model(loaded.folder, threads=batching.threads)
-        served, alone = [], []
-        for _ in range(arguments.rounds):
-            alone.append(rate_in_process(model, batching, arguments.seconds))
-            served.append(rate_of_clients(ours["rest"], loaded, token, arguments.seconds))
-        ratios = sorted(one / other for one, other in zip(served, alone, strict=True))
-        figures["throughput"] = {
-            "clients": CLIENTS,
-            "workers": batching.workers,
-            "threads": batching.threads,
-            "served_per_s": round(median(served), 1),
-            "in_process_per_s": round(median(alone), 1),
-            "ratio": [round(value, 3) for value in (ratios[0], median(ratios), ratios[-1])],
-        }
-        print(json.dumps(figures["throughput"]))
-    if not arguments.dry:
+        figures: dict[str, Any] = {}
+        if arguments.only != "throughput":
+            figures["overhead"] = {}
+            for size, bundle in small.items():
+                calls = overhead(ours, bare, bundle, token)
+                figures["overhead"][size] = measure_overhead(calls, arguments.rounds, arguments.calls)
+                print(size, json.dumps(figures["overhead"][size]))
+        if arguments.only != "overhead":
+            figures["throughput"] = measure_throughput(ours, loaded, token, arguments.rounds, arguments.seconds)
+            print(json.dumps(figures["throughput"]))
+    if not (arguments.dry or arguments.only):
         record("serving", {"rounds": arguments.rounds, **figures}, seed=0, seconds=time.monotonic() - begun)
 
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from louver.cloud.budgets import Budgets
 from louver.cloud.clients import ANYONE, Clients
+from louver.cloud.heads import Heads
 from louver.cloud.logs import RequestLines
 from louver.cloud.metrics import Metrics
-from louver.cloud.protocol import Call
+from louver.cloud.protocol import Call, RestHeads
 from louver.cloud.refusals import Refusal
 from louver.cloud.repository import Repository, Served
 from louver.cloud.settings import Settings
@@ -88,6 +89,10 @@ class Service:
         self.metrics = Metrics(repository, self.clients, self.budgets)
         self.is_draining = False
         self.held_bytes = 0
+        self.rest_heads = RestHeads()
+        self.rpc_heads: Heads[bytes, tuple[str, str, int]] = Heads()
+        """Name, version and images, by all of a message but its id and its tensor."""
+        self._n_open = 0
 
     def close(self) -> None:
         """Writes down the budgets. To be called when no request is handled anymore."""
@@ -111,6 +116,11 @@ class Service:
             Refusal: 401.
         """
         return self.clients.identify(authorization) if self.clients is not None else ANYONE
+
+    def begun(self, protocol: str, *, n_bytes: int = 0) -> Request:
+        """A request for scores that has just come; `ended` must follow, whatever becomes of it."""
+        self._n_open += 1
+        return Request(protocol, n_bytes=n_bytes)
 
     async def admit(self, request: Request, authorization: bytes | None) -> None:
         """Who asks, and whether now: all that can be refused before anything else is read.
@@ -150,14 +160,14 @@ class Service:
         if self._common is not None:
             charge = self._common.charge
         if charge is None or not request.client.has_budget:
-            return request.served.batcher.submit(call.feature)
+            return request.served.batcher.submit(call.feature, is_alone=self._n_open == 1)
         try:
             put_back = await charge(request.client, request.rows, call.id, content)
         except StorageError as error:
             _log.error("budgets not written", extra={"reason": str(error)})
             raise Refusal(503, "the server cannot write down budgets", retry_after_s=5.0) from error
         try:
-            return request.served.batcher.submit(call.feature)
+            return request.served.batcher.submit(call.feature, is_alone=self._n_open == 1)
         except Refusal:
             put_back()
             raise
@@ -174,6 +184,7 @@ class Service:
 
     def ended(self, request: Request) -> None:
         """Lets go of what a request held, counts it and writes its line, once its answer is on its way."""
+        self._n_open -= 1
         self.held_bytes -= request.held_bytes
         seconds = time.perf_counter() - request.since
         # In the next turn of the loop: what has been sent leaves at the end of this one.
