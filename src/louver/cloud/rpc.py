@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version as version_of
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from louver.cloud import inference_pb2 as messages
 from louver.cloud.app import EXTENSIONS
+from louver.cloud.certificates import Certificates
 from louver.cloud.heads import MOST_HEAD_BYTES
 from louver.cloud.models import FEATURE, SCORES, Model
 from louver.cloud.protocol import MOST_ID, Call, check_feature, check_rows, model_metadata, tensor_bytes
@@ -27,7 +27,7 @@ from louver.cloud.service import GONE, Request, Service
 from louver.cloud.settings import Limits
 from louver.errors import ConfigError
 
-__all__ = ["Tls", "create_rpc_server"]
+__all__ = ["create_rpc_server"]
 
 _SERVICE = "inference.GRPCInferenceService"
 _STATUS = {
@@ -49,16 +49,7 @@ Context = Any  # grpc.aio.ServicerContext, which has no types
 Handler = Callable[[Service, bytes, Context], Awaitable[bytes]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tls:
-    """The server's certificate and key, and who signs the clients' certificates if they need one; all in PEM."""
-
-    certificate: bytes
-    key: bytes
-    client_ca: bytes | None = None
-
-
-def create_rpc_server(service: Service, address: str, tls: Tls | None) -> tuple[Any, int]:
+def create_rpc_server(service: Service, address: str, certificates: Certificates | None) -> tuple[Any, int]:
     """A gRPC server on `address`, not yet started, and its port. It must be made in the event loop of its service.
 
     Raises:
@@ -77,13 +68,10 @@ def create_rpc_server(service: Service, address: str, tls: Tls | None) -> tuple[
     handlers = {name: _unary(service, handler) for name, handler in _HANDLERS.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     try:
-        if tls is None:
+        if certificates is None:
             port = server.add_insecure_port(address)
         else:
-            credentials = grpc.ssl_server_credentials(
-                [(tls.key, tls.certificate)], tls.client_ca, tls.client_ca is not None
-            )
-            port = server.add_secure_port(address, credentials)
+            port = server.add_secure_port(address, certificates.credentials())
     except RuntimeError as error:
         raise ConfigError(
             f"cannot listen on {address} for gRPC: the port is taken, or certificate and key do not fit"
