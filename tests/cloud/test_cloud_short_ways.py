@@ -313,9 +313,9 @@ def test_the_service_knows_who_is_alone(place):
     batcher = app.service.repository.find("toy", None).batcher
     submit, told = batcher.submit, []
 
-    def watched(feature, *, is_alone):
+    def watched(feature, *, is_alone, **options):
         told.append(is_alone)
-        return submit(feature, is_alone=is_alone)
+        return submit(feature, is_alone=is_alone, **options)
 
     batcher.submit = watched
     body, headers = asking(features(1))

@@ -25,6 +25,7 @@ from louver.cloud.refusals import Refusal, shown
 from louver.cloud.repository import Repository
 from louver.cloud.service import GONE, Common, Request, Service
 from louver.cloud.settings import Settings
+from louver.cloud.traces import Traces
 
 __all__ = ["EXTENSIONS", "App", "create_app"]
 
@@ -124,8 +125,12 @@ class App:
         return _not_here(allowed), {}
 
 
-def create_app(repository: Repository, settings: Settings, *, common: Common | None = None) -> App:
-    """The ASGI application that serves what is in `repository`; `common`: clients and limits kept for several servers.
+def create_app(
+    repository: Repository, settings: Settings, *, common: Common | None = None, traces: Traces | None = None
+) -> App:
+    """The ASGI application that serves what is in `repository`.
+
+    common: clients and limits kept for several servers. traces: where spans of requests go, if anywhere.
 
     Raises:
         ConfigError: the file of tokens is not as it must be.
@@ -142,7 +147,7 @@ def create_app(repository: Repository, settings: Settings, *, common: Common | N
         Route("GET", "/v2/models/{model}/versions/{version}", _model),
         Route("GET", "/v2", _server),
     ]
-    return App(Service(repository, settings, common=common), routes)
+    return App(Service(repository, settings, common=common, traces=traces), routes)
 
 
 async def _lifespan(service: Service, receive: Receive, send: Send) -> None:
@@ -206,6 +211,8 @@ async def _model(exchange: _Exchange) -> None:
 async def _infer(exchange: _Exchange) -> None:
     service = exchange.service
     request = service.begun("rest")
+    if service.traces is not None:
+        request.traceparent = exchange.headers.get(b"traceparent")
     try:
         await _infer_as(exchange, request)
     except Refusal as refusal:

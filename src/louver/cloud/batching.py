@@ -24,10 +24,13 @@ from numpy.typing import NDArray
 from louver.cloud.refusals import Refusal
 from louver.cloud.settings import Batching
 
-__all__ = ["Batcher", "Run", "Workers"]
+__all__ = ["Batcher", "Run", "Timed", "Workers"]
 
 Run = Callable[[NDArray[Any]], NDArray[np.float32]]
 """Rows of features in, as many rows of scores out; called in a thread, or on the event loop where it is very short."""
+
+Timed = Callable[[float, float], None]
+"""Told the seconds that a request waited for its run, and those that the run took."""
 
 _BUSY_S = 1.0
 _SHORT_S = 100e-6
@@ -43,6 +46,8 @@ class _Waiting:
     feature: NDArray[Any]
     future: asyncio.Future[NDArray[np.float32]]
     since: float
+    timed: Timed | None = None
+    came: float = 0.0
 
 
 class _Outcome:
@@ -50,16 +55,17 @@ class _Outcome:
 
     scores: NDArray[np.float32]
     error: BaseException | None = None
+    begun = 0.0
     seconds = 0.0
 
     def __enter__(self) -> _Outcome:
-        self._begun = time.perf_counter()
+        self.begun = time.perf_counter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self.seconds = time.perf_counter() - self._begun
+        self.seconds = time.perf_counter() - self.begun
         self.error = error
         return True
 
@@ -132,11 +138,13 @@ class Batcher:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def submit(self, feature: NDArray[Any], *, is_alone: bool = False) -> asyncio.Future[NDArray[np.float32]]:
+    def submit(
+        self, feature: NDArray[Any], *, is_alone: bool = False, timed: Timed | None = None
+    ) -> asyncio.Future[NDArray[np.float32]]:
         """A future of the scores of these rows, in the running event loop.
 
-        is_alone: nobody else is there who would be held up, or could come into the same batch. Then one image is run
-        here and now if its model is known to be quick, and the future is done.
+        timed: is called when the run is over. is_alone: nobody else is there who would be held up, or could come into
+        the same batch. Then one image is run here and now if its model is known to be quick, and the future is done.
 
         Raises:
             Refusal: 503, when as many requests wait as may wait.
@@ -149,17 +157,22 @@ class Batcher:
         future: asyncio.Future[NDArray[np.float32]] = loop.create_future()
         is_free = not (self._queue or self._running or self._batching.max_delay_s)
         if is_alone and is_free and len(feature) == 1 and self._pace.is_short:
-            self._run_here(feature, future)
+            self._run_here(feature, future, timed)
             return future
-        self._queue.append(_Waiting(feature, future, loop.time()))
+        came = time.perf_counter() if timed is not None else 0.0
+        self._queue.append(_Waiting(feature, future, loop.time(), timed, came))
         self._rows += len(feature)
         self._wake(loop)
         return future
 
-    def _run_here(self, feature: NDArray[Any], future: asyncio.Future[NDArray[np.float32]]) -> None:
+    def _run_here(
+        self, feature: NDArray[Any], future: asyncio.Future[NDArray[np.float32]], timed: Timed | None
+    ) -> None:
         self._told(1)
         outcome = self._outcome([feature])
         self._pace.saw(outcome.seconds)
+        if timed is not None:
+            timed(0.0, outcome.seconds)
         if outcome.error is None:
             future.set_result(outcome.scores)
         else:
@@ -229,6 +242,9 @@ class Batcher:
         self._running -= 1
         if len(batch) == 1 and len(batch[0].feature) == 1:
             self._pace.saw(outcome.seconds)
+        for one in batch:
+            if one.timed is not None:
+                one.timed(outcome.begun - one.came, outcome.seconds)
         if outcome.error is not None:
             self._fail(loop, batch, outcome.error)
         else:

@@ -102,8 +102,12 @@ def _parsed(kind: Any, content: bytes) -> Any:  # noqa: ANN401 - generated
 
 
 def _authorization(context: Context) -> bytes | None:
+    return _metadata(context, "authorization")
+
+
+def _metadata(context: Context, name: str) -> bytes | None:
     for key, value in context.invocation_metadata() or ():
-        if key == "authorization":
+        if key == name:
             return value if isinstance(value, bytes) else value.encode("utf-8", "replace")
     return None
 
@@ -141,6 +145,8 @@ async def _model(service: Service, content: bytes, context: Context) -> bytes:
 
 async def _infer(service: Service, content: bytes, context: Context) -> bytes:
     request = service.begun("grpc", n_bytes=len(content))
+    if service.traces is not None:
+        request.traceparent = _metadata(context, "traceparent")
     try:
         service.hold(request, 2 * len(content))  # the message, and what is parsed of it
         await service.admit(request, _authorization(context))
