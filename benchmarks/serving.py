@@ -7,6 +7,7 @@ session run in this process by as many threads, in batches that those clients co
 Triton, too, whose wheel runs the graph by a Python model.
 
     python benchmarks/serving.py [--rounds 5] [--calls 400] [--seconds 5] [--bundle DIR] [--triton ENV]
+                                 [--only overhead|throughput]
 """
 
 from __future__ import annotations
@@ -318,6 +319,44 @@ def spread(ours: list[float], theirs: list[float]) -> list[float]:
     return [round(value, 3) for value in (ratios[0], median(ratios), ratios[-1])]
 
 
+def measure_throughput(
+    ours: dict[str, Any], loaded: Bundle, token: str, rounds: int, seconds: float, triton: str | None
+) -> dict[str, Any]:
+    batching = Batching()
+    model = load_model(loaded.folder, threads=batching.threads)
+    served, alone, others = [], [], []
+    for _ in range(rounds):
+        alone.append(rate_in_process(model, batching, seconds))
+        served.append(rate_of_clients(ours["rest"], f"{loaded.name}/versions/{loaded.id}", loaded, token, seconds))
+        if triton is not None:
+            others.append(rate_of_clients(triton, f"{triton_name(loaded)}/versions/1", loaded, token, seconds))
+    figures = {
+        "clients": CLIENTS,
+        "workers": batching.workers,
+        "threads": batching.threads,
+        "served_per_s": round(median(served), 1),
+        "in_process_per_s": round(median(alone), 1),
+        "ratio": spread(served, alone),
+    }
+    if others:
+        figures |= {"triton_per_s": round(median(others), 1), "to_triton": spread(served, others)}
+    return figures
+
+
+@contextmanager
+def triton_beside(environment: Path | None, bundle: Bundle, folder: Path) -> Iterator[str | None]:
+    """The address of a real Triton with the cloud half of `bundle`, where there is one."""
+    if environment is None:
+        yield None
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from tritons import triton_running  # type: ignore[import-not-found]
+
+    folder.mkdir()
+    with triton_running(environment, bundle, folder) as (port, _):
+        yield f"http://127.0.0.1:{port}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -329,6 +368,7 @@ def main() -> None:
     parser.add_argument(
         "--triton", type=Path, metavar="ENV", help="an environment with nvidia-pytriton: its Triton, beside ours"
     )
+    parser.add_argument("--only", choices=("overhead", "throughput"), help="one of the two, printed and not recorded")
     parser.add_argument("--dry", action="store_true", help="print the figures and record nothing")
     parser.add_argument("--echo", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -349,49 +389,18 @@ def main() -> None:
         tokens = ["--tokens", str(folder / "tokens.json")]
         ours = stack.enter_context(started("-m", "louver", "serve", *paths, *ports, *tokens, "--json"))
         bare = stack.enter_context(started(__file__, "--echo"))
-        figures: dict[str, Any] = {"overhead": {}}
-        for size, bundle in small.items():
-            calls = overhead(ours, bare, bundle, token)
-            figures["overhead"][size] = measure_overhead(calls, arguments.rounds, arguments.calls)
-            print(size, json.dumps(figures["overhead"][size]))
-        batching = Batching()
-        model = load_model(loaded.folder, threads=batching.threads)
-        name = f"{loaded.name}/versions/{loaded.id}"
-        triton = None
-        if arguments.triton is not None:
-            sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-            from tritons import triton_running  # type: ignore[import-not-found]
-
-            where = folder / "triton"
-            where.mkdir()
-            triton, _ = stack.enter_context(triton_running(arguments.triton, loaded, where))
-        served, alone, others = [], [], []
-        for _ in range(arguments.rounds):
-            alone.append(rate_in_process(model, batching, arguments.seconds))
-            served.append(rate_of_clients(ours["rest"], name, loaded, token, arguments.seconds))
-            if triton is not None:
-                others.append(
-                    rate_of_clients(
-                        f"http://127.0.0.1:{triton}",
-                        f"{triton_name(loaded)}/versions/1",
-                        loaded,
-                        token,
-                        arguments.seconds,
-                    )
-                )
-        ratios = spread(served, alone)
-        figures["throughput"] = {
-            "clients": CLIENTS,
-            "workers": batching.workers,
-            "threads": batching.threads,
-            "served_per_s": round(median(served), 1),
-            "in_process_per_s": round(median(alone), 1),
-            "ratio": ratios,
-        }
-        if others:
-            figures["throughput"] |= {"triton_per_s": round(median(others), 1), "to_triton": spread(served, others)}
-        print(json.dumps(figures["throughput"]))
-    if not arguments.dry:
+        figures: dict[str, Any] = {}
+        if arguments.only != "throughput":
+            figures["overhead"] = {}
+            for size, bundle in small.items():
+                calls = overhead(ours, bare, bundle, token)
+                figures["overhead"][size] = measure_overhead(calls, arguments.rounds, arguments.calls)
+                print(size, json.dumps(figures["overhead"][size]))
+        if arguments.only != "overhead":
+            triton = stack.enter_context(triton_beside(arguments.triton, loaded, folder / "triton"))
+            figures["throughput"] = measure_throughput(ours, loaded, token, arguments.rounds, arguments.seconds, triton)
+            print(json.dumps(figures["throughput"]))
+    if not (arguments.dry or arguments.only):
         record("serving", {"rounds": arguments.rounds, **figures}, seed=0, seconds=time.monotonic() - begun)
 
 

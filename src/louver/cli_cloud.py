@@ -101,6 +101,9 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help="With ray: a cluster that runs already, HOST:PORT; one is started by default.")
     ] = None,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="A span of OpenTelemetry for each request; where to, its environment says.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Serve the cloud halves of bundles, by the Open Inference Protocol over REST and gRPC.
@@ -112,6 +115,7 @@ def serve(
 
         from louver.cloud import Batching, Limits, Listening, Repository, Settings, Started, create_app
         from louver.cloud import serve as serve_app
+        from louver.cloud.traces import traces_from_environment
     _log_lines()
     listening = Listening(
         host=host,
@@ -146,6 +150,8 @@ def serve(
             raise ConfigError(
                 "--maker-key is for the local engine; check the bundles by `louver verify` before Ray gets them"
             )
+        if traces:
+            raise ConfigError("--traces is for the local engine; leave it out")
         scaling = Scaling(
             min_replicas=min_replicas,
             max_replicas=max_replicas,
@@ -164,8 +170,9 @@ def serve(
             started=lambda found: _tell(listening, found, as_json=as_json),
         )
         return
+    spans = traces_from_environment() if traces else None
     repository = Repository(paths, batching=batching, keep_s=keep_s, maker_key=maker_key)
-    app = create_app(repository, settings)
+    app = create_app(repository, settings, traces=spans)
 
     def tell(found: Addresses) -> None:
         clients = app.service.clients

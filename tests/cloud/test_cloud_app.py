@@ -602,7 +602,7 @@ def test_who_leaves_while_waiting_is_dropped(tmp_path):
 
     async def work() -> None:
         waiting = asyncio.get_running_loop().create_future()
-        served.batcher.submit = lambda feature: waiting
+        served.batcher.submit = lambda feature, **options: waiting
         body, headers = asking(ONE)
         messages = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
 

@@ -67,9 +67,19 @@ def test_what_cannot_be_served_is_said_before_anything_listens(run, tmp_path):
         (("b", "--max-batch", "0"), "--max-batch"),
         (("b", "--engine", "moon"), "local"),
         (("b", "--engine", "ray", "--min-replicas", "5"), "--min-replicas <= --max-replicas"),
+        (("b", "--engine", "ray", "--traces"), "for the local engine"),
     ):
         code, _, error = run("serve", *words)
         assert (code, told in error) == (2, True), (words, error)
+
+
+def test_traces_without_their_package_are_said_before_anything_listens(run, tmp_path, monkeypatch):
+    toy_bundle(tmp_path / "b")
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    for name in [name for name in sys.modules if name.startswith("opentelemetry.")]:
+        monkeypatch.delitem(sys.modules, name)
+    code, _, error = run("serve", "b", "--traces")
+    assert (code, "pip install 'louver[traces]'" in error) == (2, True), error
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,24 @@ def test_one_connection_holds_good_and_bad_requests(place):
     connection.close()
 
 
+def test_a_head_without_a_body_arrives(place):
+    """HEAD is answered with a head alone; whoever expects 100 gets it before it sends."""
+    _, server = place
+    found = send_raw(server, b"HEAD /v2 HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert found.startswith(b"HTTP/1.1 405")
+    assert found.endswith(b"\r\n\r\n")
+    body, headers = asking(features(2))
+    head = b"POST /v2/models/toy/infer HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: %d\r\n" % len(
+        body
+    )
+    head += b"inference-header-content-length: %s\r\n\r\n" % headers["inference-header-content-length"].encode()
+    with socket.create_connection((server.host, server.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(head)
+        assert connection.recv(2**16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
 def test_a_long_head_is_refused(place):
     found = send_raw(place[1], b"GET /v2 HTTP/1.1\r\n" + b"x-a: b\r\n" * 20_000)
     assert not found or found.startswith(b"HTTP/1.1 431")

@@ -13,6 +13,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from louver.cloud.refusals import Refusal, shown
 from louver.cloud.repository import Repository
 from louver.cloud.service import GONE, Common, Request, Service
 from louver.cloud.settings import Settings
+from louver.cloud.traces import Traces
 
 __all__ = ["EXTENSIONS", "App", "create_app"]
 
@@ -60,7 +62,7 @@ class _Exchange:
         fields = [*headers, (b"content-length", b"%d" % len(body))]
         if self.service.is_draining:  # the client's next request then goes to whoever takes over
             fields.append((b"connection", b"close"))
-        async with asyncio.timeout(self.service.settings.limits.answer_s):
+        with _Within(self.service.settings.limits.answer_s):
             await self.send({"type": "http.response.start", "status": status, "headers": fields})
             await self.send({"type": "http.response.body", "body": body})
 
@@ -123,8 +125,12 @@ class App:
         return _not_here(allowed), {}
 
 
-def create_app(repository: Repository, settings: Settings, *, common: Common | None = None) -> App:
-    """The ASGI application that serves what is in `repository`; `common`: clients and limits kept for several servers.
+def create_app(
+    repository: Repository, settings: Settings, *, common: Common | None = None, traces: Traces | None = None
+) -> App:
+    """The ASGI application that serves what is in `repository`.
+
+    common: clients and limits kept for several servers. traces: where spans of requests go, if anywhere.
 
     Raises:
         ConfigError: the file of tokens is not as it must be.
@@ -141,7 +147,7 @@ def create_app(repository: Repository, settings: Settings, *, common: Common | N
         Route("GET", "/v2/models/{model}/versions/{version}", _model),
         Route("GET", "/v2", _server),
     ]
-    return App(Service(repository, settings, common=common), routes)
+    return App(Service(repository, settings, common=common, traces=traces), routes)
 
 
 async def _lifespan(service: Service, receive: Receive, send: Send) -> None:
@@ -203,7 +209,10 @@ async def _model(exchange: _Exchange) -> None:
 
 
 async def _infer(exchange: _Exchange) -> None:
-    service, request = exchange.service, Request("rest")
+    service = exchange.service
+    request = service.begun("rest")
+    if service.traces is not None:
+        request.traceparent = exchange.headers.get(b"traceparent")
     try:
         await _infer_as(exchange, request)
     except Refusal as refusal:
@@ -228,13 +237,46 @@ async def _infer_as(exchange: _Exchange, request: Request) -> None:
         body = await asyncio.to_thread(decode, content, encoding, limits.decoded_bytes)
     if body is not content:
         service.hold(request, len(body))
-    call = read_call(body, head, served.model, limits)
+    call = read_call(body, head, served.model, limits, service.rest_heads)
     scores = service.checked(await _unless_gone(exchange, await service.submit(request, call, content)))
     head, answer = answer_call(served.model, call, scores)
     if head is None:
         await exchange.answer(200, answer, _JSON)
     else:
         await exchange.answer(200, answer, _BINARY, (b"inference-header-content-length", b"%d" % head))
+
+
+class _Within:
+    """`asyncio.timeout` for one task, of which two on each request would be a tenth of what the server adds to it.
+
+    Raises:
+        TimeoutError: what is within took longer than `seconds`.
+    """
+
+    __slots__ = ("_cancelling", "_has_ended", "_seconds", "_task", "_timer")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._has_ended = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if not self._has_ended or self._task.uncancel() > self._cancelling:
+            return  # cancelled by somebody else, which goes on
+        if isinstance(error, asyncio.CancelledError):
+            raise TimeoutError from error
+
+    def _end(self) -> None:
+        self._has_ended = True
+        self._task.cancel()
 
 
 class _Gone(Exception):  # noqa: N818 - no error: clients may leave
@@ -250,7 +292,7 @@ async def _read_body(exchange: _Exchange, request: Request) -> bytes:
         raise _too_large(limits.body_bytes)
     chunks: list[bytes] = []
     try:
-        async with asyncio.timeout(limits.body_s):
+        with _Within(limits.body_s):
             more = True
             while more:
                 message = await exchange.receive()
@@ -270,6 +312,8 @@ async def _read_body(exchange: _Exchange, request: Request) -> bytes:
 
 async def _unless_gone(exchange: _Exchange, waiting: asyncio.Future[NDArray[np.float32]]) -> NDArray[np.float32]:
     """What `waiting` gives; it is cancelled when the client leaves, so that nothing is computed for nobody."""
+    if waiting.done():
+        return waiting.result()
     loop = asyncio.get_running_loop()
     watchers: list[asyncio.Task[None]] = []
     gone = False

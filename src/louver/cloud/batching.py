@@ -1,13 +1,15 @@
 """Batches out of requests: a queue for each model, and threads that run the network for all of them.
 
 Everything but the run itself happens on the event loop, so there is no lock. A request costs one future and one place
-in a deque.
+in a deque. Where one request is alone and its network quick, the run happens there too: the way to a thread and back
+would take longer than the network.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +24,20 @@ from numpy.typing import NDArray
 from louver.cloud.refusals import Refusal
 from louver.cloud.settings import Batching
 
-__all__ = ["Batcher", "Run", "Workers"]
+__all__ = ["Batcher", "Run", "Timed", "Workers"]
 
 Run = Callable[[NDArray[Any]], NDArray[np.float32]]
-"""Rows of features in, as many rows of scores out; called in a thread."""
+"""Rows of features in, as many rows of scores out; called in a thread, or on the event loop where it is very short."""
+
+Timed = Callable[[float, float], None]
+"""Told the seconds that a request waited for its run, and those that the run took."""
 
 _BUSY_S = 1.0
+_SHORT_S = 100e-6
+"""What a run may hold up the event loop on average: about what the way to a thread and back takes."""
+
+_FIRST_DEBT_S = 20 * _SHORT_S
+_MOST_DEBT_S = 10.0
 _log = logging.getLogger("louver.cloud")
 
 
@@ -36,6 +46,8 @@ class _Waiting:
     feature: NDArray[Any]
     future: asyncio.Future[NDArray[np.float32]]
     since: float
+    timed: Timed | None = None
+    came: float = 0.0
 
 
 class _Outcome:
@@ -43,15 +55,38 @@ class _Outcome:
 
     scores: NDArray[np.float32]
     error: BaseException | None = None
+    begun = 0.0
+    seconds = 0.0
 
     def __enter__(self) -> _Outcome:
+        self.begun = time.perf_counter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        self.seconds = time.perf_counter() - self.begun
         self.error = error
         return True
+
+
+class _Pace:
+    """Whether a run of one image is so short that a thread is not worth the way there, by the times that were seen.
+
+    An account: each run takes its seconds from it and brings in `_SHORT_S`, and only a model that owes nothing may hold
+    up the event loop. So every model begins in threads, a slow one stays there, and one that turns slow once goes back
+    there until as many quick runs have made up for it.
+    """
+
+    def __init__(self) -> None:
+        self._debt_s = _FIRST_DEBT_S
+
+    @property
+    def is_short(self) -> bool:
+        return self._debt_s == 0
+
+    def saw(self, seconds: float) -> None:
+        self._debt_s = min(_MOST_DEBT_S, max(0.0, self._debt_s + seconds - _SHORT_S))
 
 
 class Workers:
@@ -96,14 +131,20 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._rows = 0
         self._running = 0
+        self._pace = _Pace()
         self._is_called = False
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    def submit(self, feature: NDArray[Any]) -> asyncio.Future[NDArray[np.float32]]:
+    def submit(
+        self, feature: NDArray[Any], *, is_alone: bool = False, timed: Timed | None = None
+    ) -> asyncio.Future[NDArray[np.float32]]:
         """A future of the scores of these rows, in the running event loop.
+
+        timed: is called when the run is over. is_alone: nobody else is there who would be held up, or could come into
+        the same batch. Then one image is run here and now if its model is known to be quick, and the future is done.
 
         Raises:
             Refusal: 503, when as many requests wait as may wait.
@@ -114,10 +155,28 @@ class Batcher:
                 raise Refusal(503, f"{len(self._queue)} requests wait already", retry_after_s=_BUSY_S)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[NDArray[np.float32]] = loop.create_future()
-        self._queue.append(_Waiting(feature, future, loop.time()))
+        is_free = not (self._queue or self._running or self._batching.max_delay_s)
+        if is_alone and is_free and len(feature) == 1 and self._pace.is_short:
+            self._run_here(feature, future, timed)
+            return future
+        came = time.perf_counter() if timed is not None else 0.0
+        self._queue.append(_Waiting(feature, future, loop.time(), timed, came))
         self._rows += len(feature)
         self._wake(loop)
         return future
+
+    def _run_here(
+        self, feature: NDArray[Any], future: asyncio.Future[NDArray[np.float32]], timed: Timed | None
+    ) -> None:
+        self._told(1)
+        outcome = self._outcome([feature])
+        self._pace.saw(outcome.seconds)
+        if timed is not None:
+            timed(0.0, outcome.seconds)
+        if outcome.error is None:
+            future.set_result(outcome.scores)
+        else:
+            future.set_exception(_failed(outcome.error))
 
     def _forget(self) -> None:
         """Drops from the queue what nobody waits for anymore."""
@@ -170,14 +229,22 @@ class Batcher:
         self._told(sum(map(len, features)))
 
         def job() -> None:
-            with _Outcome() as outcome:
-                outcome.scores = self._network(features[0] if len(features) == 1 else np.concatenate(features))
-            loop.call_soon_threadsafe(self._deliver, loop, batch, outcome)
+            loop.call_soon_threadsafe(self._deliver, loop, batch, self._outcome(features))
 
         self._workers.submit(job)
 
+    def _outcome(self, features: list[NDArray[Any]]) -> _Outcome:
+        with _Outcome() as outcome:
+            outcome.scores = self._network(features[0] if len(features) == 1 else np.concatenate(features))
+        return outcome
+
     def _deliver(self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting], outcome: _Outcome) -> None:
         self._running -= 1
+        if len(batch) == 1 and len(batch[0].feature) == 1:
+            self._pace.saw(outcome.seconds)
+        for one in batch:
+            if one.timed is not None:
+                one.timed(outcome.begun - one.came, outcome.seconds)
         if outcome.error is not None:
             self._fail(loop, batch, outcome.error)
         else:
@@ -192,11 +259,16 @@ class Batcher:
     def _fail(self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting], error: BaseException) -> None:
         """Of a batch, each request is tried alone: an error reaches only the request that causes it."""
         if len(batch) == 1:
-            # Its message may hold values of the feature: neither the log nor the client gets it.
-            _log.error("a run failed", extra={"error": type(error).__name__})
+            refusal = _failed(error)
             if not batch[0].future.done():
-                batch[0].future.set_exception(Refusal(500, "the network failed on this request"))
+                batch[0].future.set_exception(refusal)
             return
         for one in batch:
             if not one.future.done():
                 self._start(loop, [one])
+
+
+def _failed(error: BaseException) -> Refusal:
+    """What the client is told of a failed run. The error's message may hold values of the feature: nobody gets it."""
+    _log.error("a run failed", extra={"error": type(error).__name__})
+    return Refusal(500, "the network failed on this request")

@@ -13,7 +13,7 @@ from louver.cloud.refusals import Refusal
 from louver.cloud.tokens import Client, read_clients
 from louver.errors import ConfigError
 
-__all__ = ["ANYONE", "Clients"]
+__all__ = ["ANYONE", "Clients", "file_mark"]
 
 ANYONE = Client(name="anyone", sha256="0" * 64)
 """Who asks when nobody is asked for a token."""
@@ -35,7 +35,7 @@ class Clients:
     def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._clock = clock
-        self._mark = _mark(path) if path is not None else None
+        self._mark = file_mark(path) if path is not None else None
         self._known: dict[bytes, Client] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
         if path is not None:
@@ -96,7 +96,7 @@ class Clients:
         if self._path is None or now - self._looked < _LOOK_EVERY_S:
             return
         self._looked = now
-        mark = _mark(self._path)
+        mark = file_mark(self._path)
         if mark == self._mark:
             return
         self._mark = mark
@@ -112,8 +112,8 @@ class Clients:
             _log.info("tokens read", extra={"clients": len(self._known)})
 
 
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    """What changes when the file does."""
+def file_mark(path: Path) -> tuple[int, int, int] | None:
+    """What changes when the file does; None for no file."""
     try:
         found = path.stat()
     except OSError:

@@ -8,6 +8,7 @@ cut or shifted would be answered with scores of nothing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,13 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from louver.cloud.heads import MOST_HEAD_BYTES, Heads
 from louver.cloud.models import FEATURE, SCORES, Model
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.settings import Limits
 
 __all__ = [
     "MOST_ID",
+    "Asked",
     "Call",
+    "RestHeads",
     "answer_call",
     "check_feature",
     "check_rows",
@@ -45,18 +49,52 @@ class Call:
     is_binary: bool
 
 
-def read_call(body: bytes, header_bytes: int | None, model: Model, limits: Limits) -> Call:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a head with a binary tensor asks for, beside its id."""
+
+    rows: int
+    size: int
+    is_binary: bool
+
+
+RestHeads = Heads[tuple[str, bytes], Asked]
+"""By the version of the model, and by the JSON after the id."""
+
+_ID = re.compile(rb'\{ ?"id": ?"([0-9A-Za-z-]{1,64})"')
+"""The start of a head as clients write it: an id that stands for itself, without an escape."""
+
+
+def read_call(
+    body: bytes, header_bytes: int | None, model: Model, limits: Limits, heads: RestHeads | None = None
+) -> Call:
     """The call in a body, its tensor a view of it. `header_bytes`: length of the JSON; None if that is all.
+
+    heads: those that this model and these limits were found to allow, to which this one is added.
 
     Raises:
         Refusal: 400, or 413 for too long JSON.
     """
+    key = None
+    if (
+        heads is not None
+        and header_bytes is not None
+        and header_bytes <= min(len(body), limits.header_bytes, MOST_HEAD_BYTES)
+    ):
+        start = _ID.match(body, 0, header_bytes)
+        if start is not None:
+            key = model.version, body[start.end() : header_bytes]
+            asked = heads.find(key)
+            if asked is not None:
+                feature = tensor_bytes(memoryview(body)[header_bytes:], model, asked.rows, told=asked.size)
+                check_feature(feature)
+                return Call(id=start[1].decode(), feature=feature, is_binary=asked.is_binary)
     content = _json(body, header_bytes, limits)
     _only(content, "the request", {"id", "inputs", "outputs", "parameters"})
     call_id = content.get("id", "")
     if not isinstance(call_id, str) or len(call_id) > MOST_ID:
         raise Refusal(400, f"expected id to be a string of at most {MOST_ID} signs")
-    asked = _parameters(content, "the request", {"binary_data_output": bool})
+    wants = _parameters(content, "the request", {"binary_data_output": bool})
     tensor = _one(content.get("inputs"), "inputs", FEATURE)
     _only(tensor, "the input", {"name", "shape", "datatype", "parameters", "data"})
     rows = check_rows(model, tensor.get("datatype"), tensor.get("shape"), limits)
@@ -68,14 +106,16 @@ def read_call(body: bytes, header_bytes: int | None, model: Model, limits: Limit
     else:
         if "data" in tensor:
             raise Refusal(400, "the input has both data and a binary_data_size; send one")
-        start = len(body) if header_bytes is None else header_bytes
-        feature = tensor_bytes(memoryview(body)[start:], model, rows, told=size)
+        begin = len(body) if header_bytes is None else header_bytes
+        feature = tensor_bytes(memoryview(body)[begin:], model, rows, told=size)
     check_feature(feature)
-    is_binary = bool(asked.get("binary_data_output", False))
+    is_binary = bool(wants.get("binary_data_output", False))
     if content.get("outputs", []) != []:
         output = _one(content["outputs"], "outputs", SCORES)
         _only(output, "the output", {"name", "parameters"})
         is_binary = bool(_parameters(output, "the output", {"binary_data": bool}).get("binary_data", is_binary))
+    if heads is not None and key is not None and size is not None:
+        heads.keep(key, Asked(rows, size, is_binary))
     return Call(id=call_id, feature=feature, is_binary=is_binary)
 
 

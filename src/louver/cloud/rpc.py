@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version as version_of
 from typing import Any
 
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from louver.cloud import inference_pb2 as messages
 from louver.cloud.app import EXTENSIONS
+from louver.cloud.certificates import Certificates
+from louver.cloud.heads import MOST_HEAD_BYTES
 from louver.cloud.models import FEATURE, SCORES, Model
 from louver.cloud.protocol import MOST_ID, Call, check_feature, check_rows, model_metadata, tensor_bytes
 from louver.cloud.refusals import Refusal, shown
@@ -25,7 +27,7 @@ from louver.cloud.service import GONE, Request, Service
 from louver.cloud.settings import Limits
 from louver.errors import ConfigError
 
-__all__ = ["Tls", "create_rpc_server"]
+__all__ = ["create_rpc_server"]
 
 _SERVICE = "inference.GRPCInferenceService"
 _STATUS = {
@@ -39,20 +41,15 @@ _STATUS = {
 }
 _SPARE_BYTES = 2**16
 
+# The numbers of the fields of ModelInferRequest, shifted by three bits, and 2 for what has a length.
+_ID_TAG, _TENSOR_TAG = 0x1A, 0x3A
+_HEAD_TAGS = (0x0A, 0x12, 0x22, 0x2A, 0x32)
+
 Context = Any  # grpc.aio.ServicerContext, which has no types
 Handler = Callable[[Service, bytes, Context], Awaitable[bytes]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tls:
-    """The server's certificate and key, and who signs the clients' certificates if they need one; all in PEM."""
-
-    certificate: bytes
-    key: bytes
-    client_ca: bytes | None = None
-
-
-def create_rpc_server(service: Service, address: str, tls: Tls | None) -> tuple[Any, int]:
+def create_rpc_server(service: Service, address: str, certificates: Certificates | None) -> tuple[Any, int]:
     """A gRPC server on `address`, not yet started, and its port. It must be made in the event loop of its service.
 
     Raises:
@@ -71,13 +68,10 @@ def create_rpc_server(service: Service, address: str, tls: Tls | None) -> tuple[
     handlers = {name: _unary(service, handler) for name, handler in _HANDLERS.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     try:
-        if tls is None:
+        if certificates is None:
             port = server.add_insecure_port(address)
         else:
-            credentials = grpc.ssl_server_credentials(
-                [(tls.key, tls.certificate)], tls.client_ca, tls.client_ca is not None
-            )
-            port = server.add_secure_port(address, credentials)
+            port = server.add_secure_port(address, certificates.credentials())
     except RuntimeError as error:
         raise ConfigError(
             f"cannot listen on {address} for gRPC: the port is taken, or certificate and key do not fit"
@@ -108,8 +102,12 @@ def _parsed(kind: Any, content: bytes) -> Any:  # noqa: ANN401 - generated
 
 
 def _authorization(context: Context) -> bytes | None:
+    return _metadata(context, "authorization")
+
+
+def _metadata(context: Context, name: str) -> bytes | None:
     for key, value in context.invocation_metadata() or ():
-        if key == "authorization":
+        if key == name:
             return value if isinstance(value, bytes) else value.encode("utf-8", "replace")
     return None
 
@@ -146,15 +144,23 @@ async def _model(service: Service, content: bytes, context: Context) -> bytes:
 
 
 async def _infer(service: Service, content: bytes, context: Context) -> bytes:
-    request = Request("grpc", n_bytes=len(content))
+    request = service.begun("grpc", n_bytes=len(content))
+    if service.traces is not None:
+        request.traceparent = _metadata(context, "traceparent")
     try:
         service.hold(request, 2 * len(content))  # the message, and what is parsed of it
         await service.admit(request, _authorization(context))
-        asked = _parsed(messages.ModelInferRequest, content)
-        request.served = served = service.repository.find(asked.model_name, asked.model_version)
-        call = _read_call(asked, served.model, service.settings.limits)
+        call = _known_call(service, request, content)
+        if call is None:
+            asked = _parsed(messages.ModelInferRequest, content)
+            request.served = service.repository.find(asked.model_name, asked.model_version)
+            call = _read_call(asked, request.served.model, service.settings.limits)
+            # Without a version: which one that is may change.
+            if call.is_binary and asked.model_version and (parts := _parts(content)) is not None:
+                service.rpc_heads.keep(parts[0], (asked.model_name, asked.model_version, len(call.feature)))
         scores = service.checked(await (await service.submit(request, call, content)))
-        return _answer(served.model, call, scores)
+        assert request.served is not None
+        return _answer(request.served.model, call, scores)
     except Refusal as refusal:
         request.status = refusal.status
         raise
@@ -163,6 +169,62 @@ async def _infer(service: Service, content: bytes, context: Context) -> bytes:
         raise
     finally:
         service.ended(request)
+
+
+def _known_call(service: Service, request: Request, content: bytes) -> Call | None:
+    """The call in a message whose head was read before, its tensor a view of it; None if it must be read as a whole."""
+    parts = _parts(content)
+    found = service.rpc_heads.find(parts[0]) if parts is not None else None
+    if parts is None or found is None:
+        return None
+    name, version, rows = found
+    request.served = served = service.repository.find(name, version)
+    feature = tensor_bytes(parts[2], served.model, rows)
+    check_feature(feature)
+    return Call(id=parts[1].decode(), feature=feature, is_binary=True)
+
+
+def _parts(content: bytes) -> tuple[bytes, bytes, memoryview] | None:
+    """Of a ModelInferRequest, all but the next two; the id; the tensor's bytes. None if it is not made like most are.
+
+    The fields of a message follow one another, each with its number and length, and to leave some out leaves the
+    others as they are. So the tensor needs no copy, and what stays is the same for all requests of a client.
+    """
+    view, position, end = memoryview(content), 0, len(content)
+    head: list[bytes] = []
+    head_bytes = 0
+    call_id, tensor = b"", None
+    while position < end:
+        tag, start, shift, size = content[position], position + 1, 0, 0
+        while start < end and shift < 35:
+            byte = content[start]
+            start += 1
+            size |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        else:
+            return None
+        stop = start + size
+        if stop > end:
+            return None
+        if tag == _TENSOR_TAG:
+            if tensor is not None:
+                return None
+            tensor = view[start:stop]
+        elif tag == _ID_TAG:
+            call_id = content[start:stop]
+            if size > MOST_ID or not call_id.isascii():
+                return None
+        elif tag in _HEAD_TAGS:
+            head_bytes += stop - position
+            if head_bytes > MOST_HEAD_BYTES:
+                return None
+            head.append(content[position:stop])
+        else:
+            return None
+        position = stop
+    return (b"".join(head), call_id, tensor) if tensor is not None else None
 
 
 def _read_call(asked: Any, model: Model, limits: Limits) -> Call:  # noqa: ANN401 - generated
@@ -216,14 +278,23 @@ def _typed(contents: Any, filled: list[str], model: Model, rows: int) -> NDArray
 
 
 def _answer(model: Model, call: Call, scores: NDArray[np.float32]) -> bytes:
-    output = messages.ModelInferResponse.InferOutputTensor(name=SCORES, datatype="FP32", shape=scores.shape)
-    found = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=call.id)
     if call.is_binary:
-        found.raw_output_contents.append(np.ascontiguousarray(scores, "<f4").tobytes())
-    else:
-        output.contents.fp32_contents.extend(scores.reshape(-1).tolist())
-    found.outputs.append(output)
-    return _dump(found)
+        content = np.ascontiguousarray(scores, "<f4").tobytes()
+        # Messages that follow one another are one: what is the same for all answers is made once.
+        return _start(model.name, model.version, scores.shape) + _dump(
+            messages.ModelInferResponse(id=call.id, raw_output_contents=(content,))
+        )
+    output = messages.ModelInferResponse.InferOutputTensor(name=SCORES, datatype="FP32", shape=scores.shape)
+    output.contents.fp32_contents.extend(scores.reshape(-1).tolist())
+    return _dump(
+        messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=call.id, outputs=(output,))
+    )
+
+
+@lru_cache(maxsize=64)
+def _start(name: str, version: str, shape: tuple[int, ...]) -> bytes:
+    output = messages.ModelInferResponse.InferOutputTensor(name=SCORES, datatype="FP32", shape=shape)
+    return _dump(messages.ModelInferResponse(model_name=name, model_version=version, outputs=(output,)))
 
 
 def _dump(message: Any) -> bytes:  # noqa: ANN401 - generated

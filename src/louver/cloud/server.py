@@ -8,7 +8,6 @@ import ipaddress
 import logging
 import signal
 import socket
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from pathlib import Path
 import uvicorn
 
 from louver.cloud.app import App, Receive, Scope, Send
+from louver.cloud.certificates import Certificates
 from louver.cloud.connections import GuardedProtocol, sweep
 from louver.cloud.metrics import CONTENT_TYPE
 from louver.cloud.models import Model
-from louver.cloud.rpc import Tls, create_rpc_server
+from louver.cloud.rpc import create_rpc_server
 from louver.cloud.service import Service
 from louver.errors import ConfigError
 
@@ -108,8 +108,9 @@ class Started:
 
 
 async def serve(app: App, listening: Listening, *, started: Callable[[Addresses], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then ends in order: not ready, drained, closed. SIGHUP reads the bundles again.
+    """Serves until SIGTERM or SIGINT, then ends in order: not ready, drained, closed.
 
+    SIGHUP reads bundles and certificates again; files of certificates that change are read without it too.
     Must run in the main thread, whose signals it takes while it runs.
 
     Raises:
@@ -118,12 +119,12 @@ async def serve(app: App, listening: Listening, *, started: Callable[[Addresses]
     """
     service = app.service
     listening.check(has_tokens=service.clients is not None)
-    tls = _tls(listening)
+    certificates = _certificates(listening)
     loop = asyncio.get_running_loop()
     host = f"[{listening.host}]" if ":" in listening.host else listening.host
     async with contextlib.AsyncExitStack() as stack:
         rest_socket = stack.enter_context(_socket(listening.host, listening.port))
-        server = _rest_server(app, listening)
+        server = _rest_server(app, listening, certificates)
         metrics = rpc = rpc_address = None
         if listening.metrics_port is not None:
 
@@ -132,16 +133,16 @@ async def serve(app: App, listening: Listening, *, started: Callable[[Addresses]
 
             metrics = await stack.enter_async_context(serve_metrics(listening.metrics_port, text))
         if listening.grpc_port is not None:
-            rpc, port = create_rpc_server(service, f"{host}:{listening.grpc_port}", tls)
+            rpc, port = create_rpc_server(service, f"{host}:{listening.grpc_port}", certificates)
             await rpc.start()
             rpc_address = f"{host}:{port}"
         running = loop.create_task(server.serve([rest_socket]))
-        sweeping = loop.create_task(_sweep(service, server, listening))
-        signals = _Signals(service)
+        sweeping = loop.create_task(_sweep(service, server, listening, certificates))
+        signals = _Signals(service, certificates)
         with signals.taken(loop):
             while not server.started:
                 await asyncio.sleep(0.005)
-            rest = f"{'https' if tls is not None else 'http'}://{host}:{rest_socket.getsockname()[1]}"
+            rest = f"{'https' if certificates is not None else 'http'}://{host}:{rest_socket.getsockname()[1]}"
             started(Addresses(rest=rest, grpc=rpc_address, metrics=metrics))
             await signals.ending.wait()
             # Goes on answering while whoever balances load learns that it should go elsewhere.
@@ -161,8 +162,9 @@ async def serve(app: App, listening: Listening, *, started: Callable[[Addresses]
 class _Signals:
     """What signals ask for: SIGTERM drains, SIGINT (or a second SIGTERM) ends without waiting, SIGHUP reads again."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, certificates: Certificates | None) -> None:
         self._service = service
+        self._certificates = certificates
         self.ending = asyncio.Event()
         self.at_once = asyncio.Event()
         self._reload: asyncio.Task[None] | None = None
@@ -203,6 +205,8 @@ class _Signals:
         repository = self._service.repository
         while True:
             self._is_asked_again = False
+            if self._certificates is not None:
+                self._certificates.refresh(is_asked=True)
             for failure in await asyncio.to_thread(repository.reload):
                 _log.error("bundle not loaded: what was served goes on", extra={"reason": failure})
             models = [f"{one.model.name}/{one.model.version}" for one in repository.current]
@@ -220,7 +224,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _rest_server(app: App, listening: Listening) -> _Server:
+def _rest_server(app: App, listening: Listening, certificates: Certificates | None) -> _Server:
     config = uvicorn.Config(
         app,
         http=type("Guarded", (GuardedProtocol,), {"most_connections": listening.connections}),
@@ -233,15 +237,9 @@ def _rest_server(app: App, listening: Listening) -> _Server:
         proxy_headers=False,
         timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=_grace_s(app.service),
-        ssl_certfile=listening.tls_cert,
-        ssl_keyfile=listening.tls_key,
-        ssl_ca_certs=str(listening.client_ca) if listening.client_ca is not None else None,
-        ssl_cert_reqs=ssl.CERT_REQUIRED if listening.client_ca is not None else ssl.CERT_NONE,
     )
-    try:
-        config.load()
-    except (ssl.SSLError, ValueError) as error:
-        raise ConfigError(f"expected a certificate and its key in PEM, got {error}") from error
+    config.load()
+    config.ssl = certificates.context if certificates is not None else None
     return _Server(config)
 
 
@@ -298,12 +296,14 @@ def _metrics_server(text: Callable[[], Awaitable[bytes]]) -> _Server:
     return _Server(config)
 
 
-async def _sweep(service: Service, rest: _Server, listening: Listening) -> None:
+async def _sweep(service: Service, rest: _Server, listening: Listening, certificates: Certificates | None) -> None:
     answer_s = service.settings.limits.answer_s
     while True:
         await asyncio.sleep(min(_SWEEP_S, listening.head_s / 4))
         sweep(rest.server_state.connections, head_s=listening.head_s, idle_s=_IDLE_S, answer_s=answer_s)
         service.repository.sweep()
+        if certificates is not None:
+            certificates.refresh()
 
 
 def _grace_s(service: Service) -> int:
@@ -327,16 +327,7 @@ def _socket(host: str, port: int) -> socket.socket:
     return found
 
 
-def _tls(listening: Listening) -> Tls | None:
+def _certificates(listening: Listening) -> Certificates | None:
     if listening.tls_cert is None or listening.tls_key is None:
         return None
-    files = {"certificate": listening.tls_cert, "key": listening.tls_key, "client_ca": listening.client_ca}
-    content: dict[str, bytes] = {}
-    for name, path in files.items():
-        if path is None:
-            continue
-        try:
-            content[name] = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}; expected a file in PEM") from error
-    return Tls(**content)
+    return Certificates(listening.tls_cert, listening.tls_key, listening.client_ca)

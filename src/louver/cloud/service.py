@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from louver.cloud.budgets import Budgets
 from louver.cloud.clients import ANYONE, Clients
+from louver.cloud.heads import Heads
 from louver.cloud.logs import RequestLines
 from louver.cloud.metrics import Metrics
-from louver.cloud.protocol import Call
+from louver.cloud.protocol import Call, RestHeads
 from louver.cloud.refusals import Refusal
 from louver.cloud.repository import Repository, Served
 from louver.cloud.settings import Settings
 from louver.cloud.tokens import Client
+from louver.cloud.traces import Traces
 from louver.errors import StorageError
 
 __all__ = ["GONE", "Common", "Request", "Service"]
@@ -41,6 +43,13 @@ class Request:
     held_bytes: int = 0
     status: int = 200
     since: float = field(default_factory=time.perf_counter)
+    traceparent: bytes | None = None
+    queue_s: float = 0.0
+    compute_s: float | None = None
+
+    def timed(self, queue_s: float, compute_s: float) -> None:
+        """Takes down how long it waited for its run, and how long the run of its batch took."""
+        self.queue_s, self.compute_s = queue_s, compute_s
 
 
 Charge = Callable[[Client, int, str, bytes], Awaitable[Callable[[], None]]]
@@ -65,19 +74,27 @@ class Common:
 class Service:
     """The parts of one server, and the way of a request through them. It belongs to one event loop.
 
-    With `common`, clients and their limits are not its own.
+    With `common`, clients and their limits are not its own. With `traces`, each request for scores is a span there.
 
     Raises:
         ConfigError: the file of tokens is not as it must be.
         StorageError: the budgets are damaged, or another server holds them.
     """
 
-    def __init__(self, repository: Repository, settings: Settings, *, common: Common | None = None) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        settings: Settings,
+        *,
+        common: Common | None = None,
+        traces: Traces | None = None,
+    ) -> None:
         self.repository = repository
         self.settings = settings
         self.lines = RequestLines()
         self.clients: Clients | None = None
         self.budgets: Budgets | None = None
+        self.traces = traces
         self._common = common
         if common is not None:
             self.clients = common.clients
@@ -88,9 +105,15 @@ class Service:
         self.metrics = Metrics(repository, self.clients, self.budgets)
         self.is_draining = False
         self.held_bytes = 0
+        self.rest_heads = RestHeads()
+        self.rpc_heads: Heads[bytes, tuple[str, str, int]] = Heads()
+        """Name, version and images, by all of a message but its id and its tensor."""
+        self._n_open = 0
 
     def close(self) -> None:
-        """Writes down the budgets. To be called when no request is handled anymore."""
+        """Sends the last traces and writes down the budgets. To be called when no request is handled anymore."""
+        if self.traces is not None:
+            self.traces.close()
         if self.budgets is not None:
             self.budgets.close()
 
@@ -111,6 +134,11 @@ class Service:
             Refusal: 401.
         """
         return self.clients.identify(authorization) if self.clients is not None else ANYONE
+
+    def begun(self, protocol: str, *, n_bytes: int = 0) -> Request:
+        """A request for scores that has just come; `ended` must follow, whatever becomes of it."""
+        self._n_open += 1
+        return Request(protocol, n_bytes=n_bytes)
 
     async def admit(self, request: Request, authorization: bytes | None) -> None:
         """Who asks, and whether now: all that can be refused before anything else is read.
@@ -150,17 +178,21 @@ class Service:
         if self._common is not None:
             charge = self._common.charge
         if charge is None or not request.client.has_budget:
-            return request.served.batcher.submit(call.feature)
+            return self._run(request, request.served, call)
         try:
             put_back = await charge(request.client, request.rows, call.id, content)
         except StorageError as error:
             _log.error("budgets not written", extra={"reason": str(error)})
             raise Refusal(503, "the server cannot write down budgets", retry_after_s=5.0) from error
         try:
-            return request.served.batcher.submit(call.feature)
+            return self._run(request, request.served, call)
         except Refusal:
             put_back()
             raise
+
+    def _run(self, request: Request, served: Served, call: Call) -> asyncio.Future[NDArray[np.float32]]:
+        timed = request.timed if self.traces is not None else None
+        return served.batcher.submit(call.feature, is_alone=self._n_open == 1, timed=timed)
 
     def checked(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """The scores, if they are numbers.
@@ -174,6 +206,7 @@ class Service:
 
     def ended(self, request: Request) -> None:
         """Lets go of what a request held, counts it and writes its line, once its answer is on its way."""
+        self._n_open -= 1
         self.held_bytes -= request.held_bytes
         seconds = time.perf_counter() - request.since
         # In the next turn of the loop: what has been sent leaves at the end of this one.
@@ -200,3 +233,5 @@ class Service:
             status=request.status,
             ms=1000 * seconds,
         )
+        if self.traces is not None:
+            self.traces.add(request, seconds)
