@@ -2,12 +2,18 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import tomli_w
 import torch
 
@@ -19,11 +25,10 @@ from louver.config import read_experiment
 from louver.cut import split
 from louver.data import data_root, streets
 from louver.defenses import Hybrid, NoDefense
-from louver.errors import ConfigError, LouverError, MissingExtraError
+from louver.errors import ConfigError, LouverError
 from louver.experiment import run_experiment
 from louver.facts import load_facts
 from louver.hardening import Origin, load_split
-from louver.logs import logging_to
 from louver.models import load_model
 from louver.study import Judging, study, utility
 from louver.tables import BENCHES, Cell
@@ -113,6 +118,59 @@ def test_hardening_may_start_from_nothing_and_its_metrics_are_kept(tmp_path, mon
     assert (folder / "report.html").is_file()
 
 
+def killed_at(file, folder, condition, *options, log):
+    """Runs `louver harden` in a process of its own until there is what `condition` waits for, then kills it."""
+    command = [sys.executable, "-m", "louver", "harden", str(file), "--out", str(folder), "--device", "cpu", *options]
+    # Equal bits need equal numbers of threads.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("ab") as output:
+        process = subprocess.Popen([*command, "--threads", "1"], stdout=output, stderr=output, env=environment)
+    try:
+        ends = time.monotonic() + 120
+        while not condition(folder):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < ends, log.read_text()
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_process_killed_amid_an_epoch_goes_on_to_the_same_weights(tmp_path):
+    table = example(training=None, task=None, probes=None, defense={"kind": "siftfunnel", "channels": 5})
+    table["data"] = table["data"] | {"label": "body"}
+    table["model"] = {"name": "street_net"}
+    table["data"]["train"] = "streets/1[:320]"
+    table["hardening"] = table["hardening"] | {"epochs": 3}
+    file, log = written(tmp_path / "run.toml", table), tmp_path / "log"
+
+    def is_amid(folder):
+        if not (folder / "training-1.safetensors").exists():
+            return False
+        time.sleep(0.1)  # into the second epoch, which takes half a second
+        return True
+
+    def is_hardened(folder):
+        return (folder / "split.json").exists()
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed_at(file, killed, is_amid, log=log)
+    with safetensors.safe_open(killed / "training-1.safetensors", framework="pt") as checkpoint:
+        assert json.loads(checkpoint.metadata()["louver"])["epoch"] < 3
+    assert not (killed / "split.json").exists()
+    killed_at(file, killed, is_hardened, "--resume", log=log)
+    killed_at(file, whole, is_hardened, log=log)
+    epochs = [
+        [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (killed, whole)
+    ]
+    # None was trained twice; the first may have been killed between its checkpoint and its line.
+    assert epochs[0] in ([1, 2, 3], [2, 3])
+    assert epochs[1] == [1, 2, 3]
+    assert (killed / "split.safetensors").read_bytes() == (whole / "split.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -166,21 +224,6 @@ def test_utility_is_what_the_task_evaluates(task, outputs):
         assert figure["mean"] == pytest.approx(expected[name])
         assert figure["low"] <= figure["mean"] <= figure["high"]
     assert set(found) == {name for name in expected if not name.startswith("n")}
-
-
-def test_metrics_go_where_they_are_asked_to_go(tmp_path):
-    with logging_to("run", lines=tmp_path / "deep/metrics.jsonl") as log:
-        log(1, {"loss": 0.5})
-        log(2, {"loss": 0.25})
-    lines = [json.loads(line) for line in (tmp_path / "deep/metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
-
-
-@pytest.mark.parametrize("where", ["tensorboard", "mlflow"])
-def test_what_is_not_installed_is_named(tmp_path, where, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, {"tensorboard": "torch.utils.tensorboard"}.get(where, where), None)
-    with pytest.raises(MissingExtraError, match=f"pip install {where}"), logging_to("run", **{where: tmp_path}):
-        pass
 
 
 def test_a_bench_that_does_not_exist_is_refused(tmp_path):
