@@ -73,6 +73,7 @@ def test_the_example_runs_whole(tmp_path):
     facts = json.loads((tmp_path / "run/facts.json").read_text())
     assert audit.cuts[0].feature_shape == (8, 16, 16) == tuple(facts["feature_shape"])
     assert {row.defense for row in audit.findings} == {"siftfunnel"}
+    assert facts["task_title"] == "re-identification by 'identity'"
     assert set(facts["utility"]) == {"mAP", "rank1", "rank5"}
     for figure in (*facts["utility"].values(), *facts["leakage"]):
         assert figure["low"] <= figure["mean"] <= figure["high"]

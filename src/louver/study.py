@@ -184,6 +184,7 @@ def study(
         "feature_shape": list(hard.cut.feature_shape),
         "seed": seed,
         "task": repr(task),
+        "task_title": task.title,
         "utility": utility(task, hard, roles.test, seed=seed, device=device),
         "leakage": _leakage(found),
         "information": _information(sent, task, judging, seed),
