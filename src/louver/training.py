@@ -280,9 +280,9 @@ def _begin(
     groups = [group for group in groups if group["params"]]
     optimizer: torch.optim.Optimizer
     if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     else:
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
     return _Run(
         trainee=trainee,
         pressure=pressure.to(fabric.device),
