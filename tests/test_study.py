@@ -10,6 +10,7 @@ import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,13 +31,15 @@ from louver.experiment import run_experiment
 from louver.facts import load_facts
 from louver.hardening import Origin, load_split
 from louver.models import load_model
-from louver.study import Judging, study, utility
+from louver.study import Judging, _better, _rebuilt, study, utility
 from louver.tables import BENCHES, Cell
 from louver.tasks import Attributes, Classification, ReIdentification
 from louver.training import Training
 from louver.types import Images, Roles
+from toys import Wide, pictures, view_of
 
 ROOT = Path(__file__).parents[1]
+ROLES = ("train", "validation", "test")
 SMALL = {
     "data": {
         "train": "streets/1[:800]",
@@ -328,7 +331,53 @@ def test_identities_and_labels_that_some_images_lack_are_judged(tmp_path):
     }
     assert {how for _, on, how in rows if on == "features,"} == {"neighbor", "metric", "tail"}
     assert rows["who", "features,", "metric"]["accuracy"] > rows["who", "features,", "metric"]["chance"]
+    assert rows["place", "reconstructions", "tail"]["learned_on"] in ("true pictures", "rebuilt pictures")
     assert rows["place", "features", "linear"]["n"] == rows["place", "reconstructions", "tail"]["n"] == 32
     shown = load_facts(tmp_path / "run").information
     assert shown["log_rank_privacy"].mean == hidden["privacy"]
     assert shown["explained_variance"].mean == facts["explained_variance"]
+
+
+def test_a_probe_that_learned_on_rebuilt_pictures_counts_where_it_recovers_more(tmp_path):
+    """An edge sends negatives, and the attack was fitted to show them as they come: true pictures teach the wrong."""
+    rng = np.random.default_rng(0)
+
+    def album(count):
+        side = np.arange(count) % 2
+        pixels = rng.normal(110, 12, (count, 3, 8, 10))
+        pixels[side == 1, :, :, 5:] += 60
+        pixels[side == 0, :, :, :5] += 60
+        return Images(pixels=pixels.clip(0, 255).astype(np.uint8), labels={"side": side}, name="album")
+
+    own, other, test = album(80), album(24), album(40)
+    labels = {role: images.column("side") for role, images in zip(ROLES, (own, other, test), strict=True)}
+    true = {role: torch.from_numpy(images.floats()) for role, images in zip(ROLES, (own, other, test), strict=True)}
+    rebuilt = {role: 1 - pictures for role, pictures in true.items()}
+    shown = {
+        "true": ({**true, "test": rebuilt["test"]}, labels),
+        "rebuilt": (rebuilt, labels),
+    }
+    (alone, weaker), (which, stronger) = _better({"true": shown["true"]}, 0, "cpu"), _better(shown, 0, "cpu")
+    assert (alone, which) == ("true", "rebuilt")
+    assert weaker.accuracy < 0.5 < 0.9 < stronger.accuracy
+    # Rebuilt pictures that show nothing do not count.
+    faint = {role: torch.full_like(pictures, 0.5) + 0.01 * pictures.flip(0) for role, pictures in true.items()}
+    assert (
+        _better({"true": (true, labels), "rebuilt": ({**faint, "test": true["test"]}, labels)}, 0, "cpu")[0] == "true"
+    )
+
+
+def test_a_decoder_of_an_audit_rebuilds_the_pictures_of_its_owner():
+    view = view_of(Wide(), n=120)
+    attack = Decoder(width=64, blocks=1, epochs=3, restarts=1)
+    inverter = attack.prepare(view, seed=0)
+    own = {"train": pictures(60, seed=8), "validation": pictures(11, seed=9)}
+    with torch.no_grad():
+        features = {role: Wide()(torch.from_numpy(images.floats())) for role, images in own.items()}
+    hard = SimpleNamespace(cut=SimpleNamespace(feature_shape=view.feature_shape), cloud=view.cloud)
+    sent = SimpleNamespace(test=own["train"], features=features)
+    found = _rebuilt(attack, inverter.state(), hard, sent, torch.device("cpu"))
+    for role, images in own.items():
+        assert (found[role] - inverter(features[role])).abs().max() < 0.6 / 255
+        true = torch.from_numpy(images.floats())
+        assert (found[role] - true).square().mean() < 0.1 * true.var(0).mean()

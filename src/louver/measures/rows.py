@@ -1,4 +1,4 @@
-"""What every measure of features asks of a batch before it looks at it."""
+"""Rows of features: what every measure asks of them, and their products."""
 
 from __future__ import annotations
 
