@@ -58,6 +58,7 @@ def facts(name: str, defense: str, accuracy: float, leaks: Mapping[str, float], 
         "feature_shape": [32, 8, 8],
         "seed": 0,
         "task": "Classification(column='label', n_classes=10)",
+        "task_title": "classification of 'label' into 10 classes",
         "utility": {"accuracy": {"mean": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02, "n": 1000}},
         "leakage": leakage,
         "information": {

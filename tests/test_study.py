@@ -2,12 +2,19 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors
 import tomli_w
 import torch
 
@@ -19,19 +26,20 @@ from louver.config import read_experiment
 from louver.cut import split
 from louver.data import data_root, streets
 from louver.defenses import Hybrid, NoDefense
-from louver.errors import ConfigError, LouverError, MissingExtraError
+from louver.errors import ConfigError, LouverError
 from louver.experiment import run_experiment
 from louver.facts import load_facts
 from louver.hardening import Origin, load_split
-from louver.logs import logging_to
 from louver.models import load_model
-from louver.study import Judging, study, utility
+from louver.study import Judging, _better, _rebuilt, study, utility
 from louver.tables import BENCHES, Cell
 from louver.tasks import Attributes, Classification, ReIdentification
 from louver.training import Training
 from louver.types import Images, Roles
+from toys import Wide, pictures, view_of
 
 ROOT = Path(__file__).parents[1]
+ROLES = ("train", "validation", "test")
 SMALL = {
     "data": {
         "train": "streets/1[:800]",
@@ -68,6 +76,7 @@ def test_the_example_runs_whole(tmp_path):
     facts = json.loads((tmp_path / "run/facts.json").read_text())
     assert audit.cuts[0].feature_shape == (8, 16, 16) == tuple(facts["feature_shape"])
     assert {row.defense for row in audit.findings} == {"siftfunnel"}
+    assert facts["task_title"] == "re-identification by 'identity'"
     assert set(facts["utility"]) == {"mAP", "rank1", "rank5"}
     for figure in (*facts["utility"].values(), *facts["leakage"]):
         assert figure["low"] <= figure["mean"] <= figure["high"]
@@ -111,6 +120,59 @@ def test_hardening_may_start_from_nothing_and_its_metrics_are_kept(tmp_path, mon
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert (folder / "report.html").is_file()
+
+
+def killed_at(file, folder, condition, *options, log):
+    """Runs `louver harden` in a process of its own until there is what `condition` waits for, then kills it."""
+    command = [sys.executable, "-m", "louver", "harden", str(file), "--out", str(folder), "--device", "cpu", *options]
+    # Equal bits need equal numbers of threads.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("ab") as output:
+        process = subprocess.Popen([*command, "--threads", "1"], stdout=output, stderr=output, env=environment)
+    try:
+        ends = time.monotonic() + 120
+        while not condition(folder):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < ends, log.read_text()
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_process_killed_amid_an_epoch_goes_on_to_the_same_weights(tmp_path):
+    table = example(training=None, task=None, probes=None, defense={"kind": "siftfunnel", "channels": 5})
+    table["data"] = table["data"] | {"label": "body"}
+    table["model"] = {"name": "street_net"}
+    table["data"]["train"] = "streets/1[:320]"
+    table["hardening"] = table["hardening"] | {"epochs": 3}
+    file, log = written(tmp_path / "run.toml", table), tmp_path / "log"
+
+    def is_amid(folder):
+        if not (folder / "training-1.safetensors").exists():
+            return False
+        time.sleep(0.1)  # into the second epoch, which takes half a second
+        return True
+
+    def is_hardened(folder):
+        return (folder / "split.json").exists()
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed_at(file, killed, is_amid, log=log)
+    with safetensors.safe_open(killed / "training-1.safetensors", framework="pt") as checkpoint:
+        assert json.loads(checkpoint.metadata()["louver"])["epoch"] < 3
+    assert not (killed / "split.json").exists()
+    killed_at(file, killed, is_hardened, "--resume", log=log)
+    killed_at(file, whole, is_hardened, log=log)
+    epochs = [
+        [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (killed, whole)
+    ]
+    # None was trained twice; the first may have been killed between its checkpoint and its line.
+    assert epochs[0] in ([1, 2, 3], [2, 3])
+    assert epochs[1] == [1, 2, 3]
+    assert (killed / "split.safetensors").read_bytes() == (whole / "split.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -166,21 +228,6 @@ def test_utility_is_what_the_task_evaluates(task, outputs):
         assert figure["mean"] == pytest.approx(expected[name])
         assert figure["low"] <= figure["mean"] <= figure["high"]
     assert set(found) == {name for name in expected if not name.startswith("n")}
-
-
-def test_metrics_go_where_they_are_asked_to_go(tmp_path):
-    with logging_to("run", lines=tmp_path / "deep/metrics.jsonl") as log:
-        log(1, {"loss": 0.5})
-        log(2, {"loss": 0.25})
-    lines = [json.loads(line) for line in (tmp_path / "deep/metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
-
-
-@pytest.mark.parametrize("where", ["tensorboard", "mlflow"])
-def test_what_is_not_installed_is_named(tmp_path, where, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, {"tensorboard": "torch.utils.tensorboard"}.get(where, where), None)
-    with pytest.raises(MissingExtraError, match=f"pip install {where}"), logging_to("run", **{where: tmp_path}):
-        pass
 
 
 def test_a_bench_that_does_not_exist_is_refused(tmp_path):
@@ -284,7 +331,53 @@ def test_identities_and_labels_that_some_images_lack_are_judged(tmp_path):
     }
     assert {how for _, on, how in rows if on == "features,"} == {"neighbor", "metric", "tail"}
     assert rows["who", "features,", "metric"]["accuracy"] > rows["who", "features,", "metric"]["chance"]
+    assert rows["place", "reconstructions", "tail"]["learned_on"] in ("true pictures", "rebuilt pictures")
     assert rows["place", "features", "linear"]["n"] == rows["place", "reconstructions", "tail"]["n"] == 32
     shown = load_facts(tmp_path / "run").information
     assert shown["log_rank_privacy"].mean == hidden["privacy"]
     assert shown["explained_variance"].mean == facts["explained_variance"]
+
+
+def test_a_probe_that_learned_on_rebuilt_pictures_counts_where_it_recovers_more(tmp_path):
+    """An edge sends negatives, and the attack was fitted to show them as they come: true pictures teach the wrong."""
+    rng = np.random.default_rng(0)
+
+    def album(count):
+        side = np.arange(count) % 2
+        pixels = rng.normal(110, 12, (count, 3, 8, 10))
+        pixels[side == 1, :, :, 5:] += 60
+        pixels[side == 0, :, :, :5] += 60
+        return Images(pixels=pixels.clip(0, 255).astype(np.uint8), labels={"side": side}, name="album")
+
+    own, other, test = album(80), album(24), album(40)
+    labels = {role: images.column("side") for role, images in zip(ROLES, (own, other, test), strict=True)}
+    true = {role: torch.from_numpy(images.floats()) for role, images in zip(ROLES, (own, other, test), strict=True)}
+    rebuilt = {role: 1 - pictures for role, pictures in true.items()}
+    shown = {
+        "true": ({**true, "test": rebuilt["test"]}, labels),
+        "rebuilt": (rebuilt, labels),
+    }
+    (alone, weaker), (which, stronger) = _better({"true": shown["true"]}, 0, "cpu"), _better(shown, 0, "cpu")
+    assert (alone, which) == ("true", "rebuilt")
+    assert weaker.accuracy < 0.5 < 0.9 < stronger.accuracy
+    # Rebuilt pictures that show nothing do not count.
+    faint = {role: torch.full_like(pictures, 0.5) + 0.01 * pictures.flip(0) for role, pictures in true.items()}
+    assert (
+        _better({"true": (true, labels), "rebuilt": ({**faint, "test": true["test"]}, labels)}, 0, "cpu")[0] == "true"
+    )
+
+
+def test_a_decoder_of_an_audit_rebuilds_the_pictures_of_its_owner():
+    view = view_of(Wide(), n=120)
+    attack = Decoder(width=64, blocks=1, epochs=3, restarts=1)
+    inverter = attack.prepare(view, seed=0)
+    own = {"train": pictures(60, seed=8), "validation": pictures(11, seed=9)}
+    with torch.no_grad():
+        features = {role: Wide()(torch.from_numpy(images.floats())) for role, images in own.items()}
+    hard = SimpleNamespace(cut=SimpleNamespace(feature_shape=view.feature_shape), cloud=view.cloud)
+    sent = SimpleNamespace(test=own["train"], features=features)
+    found = _rebuilt(attack, inverter.state(), hard, sent, torch.device("cpu"))
+    for role, images in own.items():
+        assert (found[role] - inverter(features[role])).abs().max() < 0.6 / 255
+        true = torch.from_numpy(images.floats())
+        assert (found[role] - true).square().mean() < 0.1 * true.var(0).mean()

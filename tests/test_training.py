@@ -129,6 +129,46 @@ def test_the_best_epoch_is_chosen_on_validation():
     assert not all(torch.equal(value, states[3][name]) for name, value in trained.state_dict().items())
 
 
+class Told(Classification):
+    """Validation says what it is told to, epoch by epoch, and every state that it judges is kept."""
+
+    scores = (0.2, 0.4, 0.9, 0.3, 0.9, 0.95, 0.96, 0.97)
+
+    def __init__(self):
+        super().__init__("side", 3)
+        self.__dict__["states"] = []
+
+    def evaluate(self, model, images, *, batch_size=256, device="cpu"):
+        self.states.append({name: value.clone().contiguous() for name, value in model.state_dict().items()})
+        return {"accuracy": self.scores[len(self.states) - 1], "n": 1.0}
+
+
+@pytest.mark.parametrize(("patience", "ran", "kept"), [(1, 4, 3), (2, 5, 3), (3, 8, 8), (None, 8, 8)])
+def test_patience_ends_it_with_the_weights_of_the_best_epoch(tmp_path, patience, ran, kept):
+    task, path, seen = Told(), tmp_path / "run.safetensors", []
+    options = {"config": dataclasses.replace(CONFIG, epochs=8, patience=patience), "checkpoint": path}
+    trained = fit(Small(), task, TRAIN, VALIDATION, **options, log=lambda epoch, figures: seen.append(epoch))
+    # An epoch that only equals the best one is no better: patience does not begin anew.
+    assert seen == list(range(1, ran + 1))
+    assert all(torch.equal(value, task.states[kept - 1][name]) for name, value in trained.state_dict().items())
+    others = [state for number, state in enumerate(task.states, start=1) if number != kept]
+    assert not any(torch.equal(trained.state_dict()["layers.6.weight"], one["layers.6.weight"]) for one in others)
+    # What has ended early has ended: nothing is trained when it is called again.
+    again = fit(Small(), task, TRAIN, VALIDATION, **options, log=lambda epoch, figures: seen.append(epoch))
+    assert len(seen) == ran
+    assert states_equal(trained, again)
+
+
+def test_patience_ends_a_resumed_run_where_the_whole_one_ended(tmp_path):
+    path, config = tmp_path / "run.safetensors", dataclasses.replace(CONFIG, epochs=8, patience=2)
+    whole = fit(Small(), Told(), TRAIN, VALIDATION, config=config)
+    task = Told()
+    with pytest.raises(StoppedError):
+        fit(Small(), task, TRAIN, VALIDATION, config=config, checkpoint=path, progress=stop_after(4))
+    assert states_equal(whole, fit(Small(), task, TRAIN, VALIDATION, config=config, checkpoint=path))
+    assert len(task.states) == 5
+
+
 class BreaksAt(Classification):
     """The loss becomes NaN in the third epoch."""
 
@@ -266,6 +306,7 @@ def test_augmentation_moves_and_mirrors_and_no_more(dtype):
         ({"warmup": 1.0}, "warmup a share"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"shift": -1}, "shift 0 or more"),
+        ({"patience": 0}, "patience 1 or more, or none"),
         ({"gradient_norm": 0.0}, "gradient_norm above 0"),
         ({"optimizer": "adam"}, "nearest: adamw"),
         ({"precision": "float16"}, "nearest: bfloat16"),

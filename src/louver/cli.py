@@ -146,7 +146,7 @@ def audit(
     folder = out or (file if file.is_dir() else Path("runs") / experiment.name)
     if (folder / "config.toml").exists() and not resume:
         raise ConfigError(f"{folder} holds a run already; go on with --resume, or choose another folder with --out")
-    _run(experiment, folder, device=device, threads=threads, as_json=as_json)
+    _show(_run(experiment, folder, device=device, threads=threads), folder, as_json=as_json)
 
 
 @app.command()
@@ -172,7 +172,9 @@ def harden(
     if (folder / "config.toml").exists() and not resume:
         raise ConfigError(f"{folder} holds a run already; go on with --resume, or choose another folder with --out")
     with logging_to(experiment.name, lines=folder / "metrics.jsonl", tensorboard=tensorboard, mlflow=mlflow) as log:
-        _run(experiment, folder, device=device, threads=threads, as_json=as_json, devices=devices, log=log)
+        found = _run(experiment, folder, device=device, threads=threads, devices=devices, log=log)
+    # Outside of the log: a broken threshold ends the program with an error code, and the run is no failed one.
+    _show(found, folder, as_json=as_json)
 
 
 @app.command()
@@ -349,18 +351,16 @@ def _run(
     *,
     device: str,
     threads: int | None,
-    as_json: bool,
     devices: int = 1,
     log: Callable[[int, Mapping[str, float]], None] | None = None,
-) -> None:
+) -> Audit:
     with lab():
         from louver.experiment import run_experiment
     set_threads(threads)
     chosen = device_named(device)
     # A user's network may print; standard output is for results.
     with progress_shown() as tell, redirect_stdout(sys.stderr):
-        found = run_experiment(experiment, folder, device=chosen, devices=devices, progress=tell, log=log)
-    _show(found, folder, as_json=as_json)
+        return run_experiment(experiment, folder, device=chosen, devices=devices, progress=tell, log=log)
 
 
 def _show(found: Audit, folder: Path, *, as_json: bool) -> NoReturn:

@@ -123,8 +123,8 @@ class Order:
 class Comparison:
     """Splits side by side: undefended ones first, then defense by defense, each in order of strength.
 
-    `attack` is "strongest" or the one that is looked at, `attacks` all that every split met; `unfinished` names run
-    folders that were left out because their study had not ended.
+    `task` is what they do, in words; `attack` is "strongest" or the one that is looked at, `attacks` all that every
+    split met; `unfinished` names run folders that were left out because their study had not ended.
     """
 
     task: str
@@ -192,7 +192,7 @@ def compare(
     entries = [replace(one, is_on_front=one.label in on_front) for one in entries]
     most = max(entries, key=lambda one: one.leak.n_images)
     return Comparison(
-        task=loaded[0].task,
+        task=loaded[0].task_title,
         groups=tuple(dict.fromkeys(facts.group for facts in loaded if facts.group)),
         utility=chosen,
         measure=measure,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Completing", "Estimate", "Facts", "Leak", "Probing", "load_all", "load_facts", "read_arrays"]
 
 _FORMAT = 1
+_TASKS = {"Classification": "classification of", "ReIdentification": "re-identification by", "Attributes": "attributes"}
 
 Kind = TypeVar("Kind", bound="DataclassInstance")
 
@@ -108,7 +110,10 @@ class Completing:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a study found about one split. `knob` is what a sweep turned to `strength`, `folder` where it was read."""
+    """What a study found about one split. `knob` is what a sweep turned to `strength`, `folder` where it was read.
+
+    `task` tells tasks apart, knobs and all; `task_title` says to a reader what it is.
+    """
 
     folder: Path
     name: str
@@ -126,6 +131,7 @@ class Facts:
     information: Mapping[str, Estimate] = field(default_factory=dict)
     probes: tuple[Probing, ...] = ()
     completion: tuple[Completing, ...] = ()
+    task_title: str = ""
     knobs: Mapping[str, Any] = field(default_factory=dict)
     knob: str | None = None
     strength: float | None = None
@@ -167,6 +173,7 @@ def _facts(folder: Path, record: Mapping[str, Any]) -> Facts:
             "folder": folder,
             "variant": record.get("variant") or "",
             "group": record.get("group") or "",
+            "task_title": record.get("task_title") or _title(record["task"]),
             "feature_shape": tuple(record["feature_shape"]),
             "utility": {name: _pick(Estimate, value) for name, value in record["utility"].items()},
             "leakage": tuple(_pick(Leak, leak) for leak in record["leakage"]),
@@ -175,6 +182,13 @@ def _facts(folder: Path, record: Mapping[str, Any]) -> Facts:
             "completion": tuple(_pick(Completing, one) for one in record.get("completion") or ()),
         }
     )
+
+
+def _title(task: str) -> str:
+    """Words for a task of facts that were written before tasks had titles."""
+    kind, _, knobs = task.partition("(")
+    columns = re.findall(r"('\w+'): \d", knobs) or re.findall(r"^column=('\w+')", knobs)
+    return " ".join([_TASKS.get(kind, kind), ", ".join(columns)]).strip()
 
 
 def _information(record: Mapping[str, Any]) -> dict[str, Estimate]:

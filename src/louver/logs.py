@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from louver.errors import MissingExtraError
+from louver.errors import ConfigError, MissingExtraError
 from louver.types import Log
 
 __all__ = ["logging_to"]
@@ -18,32 +18,25 @@ __all__ = ["logging_to"]
 def logging_to(
     name: str, *, lines: Path | None = None, tensorboard: Path | None = None, mlflow: str | None = None
 ) -> Iterator[Log]:
-    """A log that writes to each place that is named; they are closed at the end.
+    """A log that writes to each place that is named; they are closed at the end, however it comes.
 
-    lines: one JSON object an epoch is appended. tensorboard: a folder of event files. mlflow: a tracking address or
-    folder; the run is called `name`.
+    lines: one JSON object an epoch is appended. tensorboard: a folder of event files. mlflow: the address of a server,
+    or sqlite:///FILE; the run is called `name`, and ends as FINISHED, as KILLED when interrupted, or as FAILED.
 
     Raises:
         MissingExtraError: TensorBoard or MLflow is asked for and not installed.
+        ConfigError: MLflow cannot begin a run there.
     """
     logs: list[Log] = []
-    closers: list[Callable[[], None]] = []
-    if lines is not None:
-        lines.parent.mkdir(parents=True, exist_ok=True)
-        logs.append(lambda epoch, figures: _append(lines, epoch, figures))
-    if tensorboard is not None:
-        log, close = _tensorboard(tensorboard)
-        logs.append(log)
-        closers.append(close)
-    if mlflow is not None:
-        log, close = _mlflow(mlflow, name)
-        logs.append(log)
-        closers.append(close)
-    try:
+    with ExitStack() as stack:
+        if lines is not None:
+            lines.parent.mkdir(parents=True, exist_ok=True)
+            logs.append(lambda epoch, figures: _append(lines, epoch, figures))
+        if tensorboard is not None:
+            logs.append(stack.enter_context(_tensorboard(tensorboard)))
+        if mlflow is not None:
+            logs.append(stack.enter_context(_mlflow(mlflow, name)))
         yield lambda epoch, figures: _all(logs, epoch, figures)
-    finally:
-        for close in closers:
-            close()
 
 
 def _all(logs: Sequence[Log], epoch: int, figures: Mapping[str, float]) -> None:
@@ -56,7 +49,8 @@ def _append(path: Path, epoch: int, figures: Mapping[str, float]) -> None:
         file.write(json.dumps({"epoch": epoch, **figures}) + "\n")
 
 
-def _tensorboard(folder: Path) -> tuple[Log, Callable[[], None]]:
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[Log]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
@@ -66,19 +60,35 @@ def _tensorboard(folder: Path) -> tuple[Log, Callable[[], None]]:
     def log(epoch: int, figures: Mapping[str, float]) -> None:
         for figure, value in figures.items():
             writer.add_scalar(figure, value, epoch)
+        # Who watches a run of hours, or finds one that was killed, sees every epoch that ended.
+        writer.flush()
 
-    return log, writer.close
+    try:
+        yield log
+    finally:
+        writer.close()
 
 
-def _mlflow(where: str, name: str) -> tuple[Log, Callable[[], None]]:
+@contextmanager
+def _mlflow(where: str, name: str) -> Iterator[Log]:
     try:
         import mlflow
     except ModuleNotFoundError as error:
         raise MissingExtraError("--mlflow needs MLflow: pip install mlflow") from error
-    mlflow.set_tracking_uri(where)
-    mlflow.start_run(run_name=name)
-
-    def log(epoch: int, figures: Mapping[str, float]) -> None:
-        mlflow.log_metrics(dict(figures), step=epoch)
-
-    return log, mlflow.end_run
+    try:
+        mlflow.set_tracking_uri(where)
+        mlflow.start_run(run_name=name)
+    except mlflow.MlflowException as error:
+        # The address may hold a password, and MLflow repeats it.
+        said = str(error).replace(where, "that address")
+        raise ConfigError(f"--mlflow: MLflow cannot begin a run ({said}); name a server or sqlite:///FILE") from None
+    # Left to itself MLflow calls every run finished, also one that an error ended.
+    status = "FAILED"
+    try:
+        yield lambda epoch, figures: mlflow.log_metrics(dict(figures), step=epoch)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        mlflow.end_run(status)

@@ -77,6 +77,18 @@ class RunFolder:
         folder = self._folder or Path()
         return self._kept(str(unit_folder(folder, cut, attack).relative_to(folder) / "pictures.npz"), "images")
 
+    def state(self, cut: str, attack: str) -> dict[str, Tensor]:
+        """What `Attack.restore` makes the inverter of a finished unit from.
+
+        Raises:
+            ConfigError: the folder holds none.
+        """
+        path = unit_folder(self._folder or Path(), cut, attack) / "state.safetensors"
+        try:
+            return safetensors.torch.load_file(path)
+        except _DAMAGED as error:
+            raise ConfigError(f"{path} is missing or damaged ({error}); run the audit again") from error
+
     def _kept(self, name: str, what: str) -> NDArray[Any]:
         path = (self._folder or Path()) / name
         try:

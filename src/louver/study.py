@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from louver.attacks import Attack
+from louver.attacks import Attack, Decoder, View
 from louver.audit import FLOOR, Settings, audit
 from louver.cut import Split
 from louver.defenses.hybrid import explained_variance
@@ -184,6 +184,7 @@ def study(
         "feature_shape": list(hard.cut.feature_shape),
         "seed": seed,
         "task": repr(task),
+        "task_title": task.title,
         "utility": utility(task, hard, roles.test, seed=seed, device=device),
         "leakage": _leakage(found),
         "information": _information(sent, task, judging, seed),
@@ -330,7 +331,7 @@ def _probes(
             rows.append({"column": judging.identity, "on": "features", "probe": how, **facts, "n": seen.n_queries})
     rows += _probes_of_known(sent, hard, roles, judging, seed, device)
     if judging.on_reconstructions and judging.private:
-        rows += _probes_on_pictures(sent, judging, found, folder, seed, device)
+        rows += _probes_on_pictures(sent, hard, judging, found, folder, seed, device)
     return rows
 
 
@@ -387,22 +388,64 @@ def _labeled(
 
 
 def _probes_on_pictures(
-    sent: _Sent, judging: Judging, found: Audit, folder: Path, seed: int, device: torch.device | str
+    sent: _Sent, hard: Split, judging: Judging, found: Audit, folder: Path, seed: int, device: torch.device | str
 ) -> list[dict[str, Any]]:
-    """Probes that learn on the attacker's true pictures and look at what the strongest attack rebuilt."""
+    """Probes that look at what the strongest attack rebuilt, having learned on the attacker's own pictures.
+
+    A decoder rebuilds those too, from their features, in one pass; of probes that learned on the true ones and on the
+    rebuilt ones the better counts. Other attacks take as long for each picture as they did for those under test, so
+    that against them probes learn on the true ones alone.
+    """
     measures = {row.measure for row in found.rows}
     measure = next((name for name in ("ssim", "psnr") if name in measures), found.rows[0].measure)
     scored = [row for row in found.rows if row.measure == measure and row.attack != FLOOR]
     strongest = max(scored, key=lambda row: row.mean if row.leaks_when == "high" else -row.mean)
-    rebuilt = RunFolder(folder).pictures(strongest.cut, strongest.attack)
-    pictures = {role: torch.from_numpy(images.floats()) for role, images in sent.images.items()}
-    pictures["test"] = torch.from_numpy(rebuilt.astype(np.float32) / 255)
+    kept = RunFolder(folder)
+    seen = torch.from_numpy(kept.pictures(strongest.cut, strongest.attack).astype(np.float32) / 255)
+    own = {"true": {role: torch.from_numpy(sent.images[role].floats()) for role in ("train", "validation")}}
+    attack, state = judging.attacks[strongest.attack], kept.state(strongest.cut, strongest.attack)
+    # A decoder that learned nothing shows one picture, of which nothing can be learned.
+    if isinstance(attack, Decoder) and "image" not in state:
+        own["rebuilt"] = _rebuilt(attack, state, hard, sent, torch.device(device))
     rows = []
     for column in judging.private:
-        shown, labels = _labeled(sent, pictures, column)
-        results = probe([TailProbe()], shown, labels, seed=seed, device=device)
-        rows += [_probe_row(column, f"reconstructions ({strongest.attack})", result) for result in results]
+        shown = {what: _labeled(sent, pictures | {"test": seen}, column) for what, pictures in own.items()}
+        what, result = _better(shown, seed, device)
+        on = f"reconstructions ({strongest.attack})"
+        rows.append(_probe_row(column, on, result) | {"learned_on": f"{what} pictures"})
     return rows
+
+
+def _rebuilt(
+    attack: Attack, state: Mapping[str, Tensor], hard: Split, sent: _Sent, device: torch.device
+) -> dict[str, Tensor]:
+    """What the attack makes of the features of the attacker's own pictures, in 256 levels as under test."""
+    cut = hard.cut
+    view = View(
+        image_shape=sent.test.image_shape,
+        feature_shape=cut.feature_shape,
+        cloud=hard.cloud,
+        edge=None,
+        train=None,
+        validation=None,
+        device=device,
+    )
+    inverter = attack.restore(view, state)
+    return {role: (inverter(sent.features[role]) * 255).round() / 255 for role in ("train", "validation")}
+
+
+def _better(
+    shown: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, NDArray[np.int64]]]],
+    seed: int,
+    device: torch.device | str,
+) -> tuple[str, ProbeResult]:
+    """The probe that recovers most, and which pictures it learned on; an attacker would find out, too."""
+    results = {
+        what: probe([TailProbe()], pictures, labels, seed=seed, device=device)[0]
+        for what, (pictures, labels) in shown.items()
+    }
+    best = max(results, key=lambda what: results[what].accuracy)
+    return best, results[best]
 
 
 def _completion(

@@ -280,9 +280,9 @@ def _begin(
     groups = [group for group in groups if group["params"]]
     optimizer: torch.optim.Optimizer
     if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     else:
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
     return _Run(
         trainee=trainee,
         pressure=pressure.to(fabric.device),
@@ -328,14 +328,19 @@ def _train_epoch(
         done = (run.epoch + index / len(batches)) / epochs
         terms = _terms(run, module, x, wanted, smoothing, done, fabric, is_first=True)
         loss = torch.stack(list(terms.values())).sum()
-        values = {"loss": float(loss.detach())} | {name: float(term.detach()) for name, term in terms.items()}
-        _check_finite(run, values, config, epochs, checkpoint)
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(loss)
-        if config.gradient_norm is not None:
-            fabric.clip_gradients(module, optimizer, max_norm=config.gradient_norm, error_if_nonfinite=False)
-        gradients = [p.grad for p in run.trainee.parameters() if p.grad is not None]
-        if gradients and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+        if config.gradient_norm is None:
+            norm = nn.utils.get_total_norm(p.grad for p in run.trainee.parameters() if p.grad is not None)
+        else:
+            found = fabric.clip_gradients(module, optimizer, max_norm=config.gradient_norm, error_if_nonfinite=False)
+            assert found is not None
+            norm = found
+        # Read all at once, since a GPU is waited for each time that a number is read.
+        told = torch.stack([norm, loss, *terms.values()]).tolist()
+        values = dict(zip(("loss", *terms), told[1:], strict=True))
+        _check_finite(run, values, config, epochs, checkpoint)
+        if not math.isfinite(told[0]):
             again = _terms(run, module, x, wanted, smoothing, done, fabric, is_first=False)
             _check_finite(run, _gradients_of(again, run.trainee), config, epochs, checkpoint, what="the gradient")
         optimizer.step()

@@ -12,13 +12,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from louver.cut import split as cut_at
-from louver.defenses.attention import Cbam, SqueezeExcitation, TripletAttention, axis_extremes
+from louver.defenses.attention import (
+    Cbam,
+    SqueezeExcitation,
+    TripletAttention,
+    _PlaneExtremes,
+    _ScaledExtremes,
+    axis_extremes,
+)
 from louver.defenses.base import Batch
 from louver.defenses.funnel import Funnel, Widening, principal_axes, start_at_best
 from louver.defenses.penalties import channel_correlation, image_correlation, mean_magnitude
 from louver.defenses.siftfunnel import SiftFunnel, sift_cnn, sift_resnet18, sift_vgg16
 from louver.errors import ConfigError, DataError
 from louver.measures.information import distance_correlation
+from louver.measures.rows import gram
 from toys import pictures
 
 SHAPE = (3, 16, 20)
@@ -104,6 +112,16 @@ def test_a_step_against_the_gradient_lowers_a_penalty_and_a_step_along_raises_it
         assert penalty(z - step) < value.detach() < penalty(z + step)
 
 
+@pytest.mark.parametrize("shape", [(7, 30), (7, 5, 24)])
+def test_the_gradient_of_a_gram_matrix_is_that_of_the_product_as_is_its_own(shape) -> None:
+    rows = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(*shape[:-1], shape[-2], dtype=torch.float64)
+    (fast,) = torch.autograd.grad((gram(rows).square() * weight).sum(), rows)
+    (plain,) = torch.autograd.grad(((rows @ rows.mT).square() * weight).sum(), rows)
+    assert torch.allclose(fast, plain)
+    assert torch.autograd.gradgradcheck(gram, (rows[..., :2].detach().requires_grad_(),))
+
+
 # Layers
 
 
@@ -163,6 +181,19 @@ def test_extremes_of_equal_values_give_the_gradient_once() -> None:
     found = axis_extremes(x, is_training=True)
     (gradient,) = torch.autograd.grad(sum(part[:, 0].sum() for part in found), x)
     assert float(gradient.sum()) == sum(part[:, 0].numel() for part in found)
+
+
+def test_where_all_is_equal_one_place_takes_the_gradient_of_the_maximum() -> None:
+    for value in (0.0, 1.0):
+        x = torch.full((2, 3, 4, 5), value, requires_grad=True)
+        _, largest, _ = _PlaneExtremes.apply(x)
+        (of_planes,) = torch.autograd.grad(largest.sum(), x)
+        assert of_planes.flatten(2).sort().values[..., -1].eq(1).all()
+        assert of_planes.sum() == largest.numel()
+        _, extremes = _ScaledExtremes.apply(x, torch.ones(2, 3))
+        (of_channels,) = torch.autograd.grad(extremes[:, 0].sum(), x)
+        assert of_channels.amax(1).eq(1).all()
+        assert of_channels.sum() == extremes[:, 0].numel()
 
 
 def test_every_attention_block_acts_and_learns() -> None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from markupsafe import escape
 from test_report_browser import CONTRAST, PATIENCE_MS, browser
 from test_report_page import Page
 
@@ -17,6 +18,7 @@ from louver.report.comparison_words import headline, titles
 from louver.report.figures import Point
 from louver.report.scatter import Group, Spot, group_key, scatter_chart
 from louver.strips import pictures
+from louver.tasks import Attributes, Classification, ReIdentification
 from studies import bench, facts, write
 
 __all__ = ["browser"]
@@ -71,6 +73,39 @@ def test_the_first_thing_said_is_what_was_found(found, text):
     assert f"{len(by_result['gain'])} of {len(found.standings)} (adversarial; bottleneck;" in headline(found)
     assert "1 of 13 (SiftFunnel)" in headline(found)
     assert "costs the edge 1.17 times the MACs" in page.text
+
+
+@pytest.mark.parametrize(
+    ("task", "title"),
+    [
+        (Classification("label", 10), "Classification of 'label' into 10 classes"),
+        (ReIdentification(camera=None), "Re-identification by 'identity'"),
+        (Attributes(columns={"body": 6, "color": 8}), "Attributes 'body' and 'color'"),
+        (Attributes(columns={"body": 6}), "Attributes 'body'"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_task_is_told_in_words(tmp_path, task, title):
+    told = {"task": repr(task), "task_title": task.title, "group": ""}
+    for name, defense in (("none", "none"), ("other", "noise")):
+        write(tmp_path / name, facts(name, defense, 0.9, {"decoder": 0.8}, **told))
+    text = render_comparison(compare([tmp_path]))
+    assert type(task).__name__ + "(" not in text
+    assert f"<h1>{escape(title)}</h1>" in text
+    assert f"<title>{escape(title)}: defenses compared</title>" in text
+
+
+def test_the_task_of_facts_without_a_title_is_told_in_words_too(tmp_path):
+    for task, title in (
+        (Classification("label", 10), "classification of 'label'"),
+        (ReIdentification(camera=None), "re-identification by 'identity'"),
+        (Attributes(columns={"body": 6, "color": 8}), "attributes 'body', 'color'"),
+    ):
+        folder = tmp_path / type(task).__name__
+        for name in ("none", "other"):
+            made = facts(name, "none", 0.9, {"decoder": 0.8}, task=repr(task), task_title=None, variant=name)
+            write(folder / name, made)
+        assert f"task: {title}" in Page(render_comparison(compare([folder]))).text
 
 
 def test_without_defenses_it_says_so(tmp_path):

@@ -9,6 +9,8 @@ makes at the input's size, in different memory orders, and adds.
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,7 +41,9 @@ class SqueezeExcitation(nn.Module):
         if not self.training:
             return x * self._gate(x.mean((2, 3)))[:, :, None, None]
         x, mean = _Squeezed.apply(x)
-        out: Tensor = _Scaled.apply(x, self._gate(mean))
+        with _in_full(mean):
+            gate = self._gate(mean.to(self.up.weight.dtype))
+        out: Tensor = _Scaled.apply(x, gate)
         return out
 
     def _gate(self, mean: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
@@ -88,9 +92,18 @@ class Cbam(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """The input, rescaled twice."""
-        seen = torch.stack((x.amax((2, 3)), x.mean((2, 3))))
-        x = x * (2 * torch.sigmoid(self.up(F.silu(self.down(seen))).sum(0)))[:, :, None, None]
-        return x * (2 * torch.sigmoid(self.space(torch.stack((x.max(1).values, x.mean(1)), 1))))
+        if not self.training:
+            x = x * self._gate(torch.stack((x.amax((2, 3)), x.mean((2, 3)))))[:, :, None, None]
+            return x * (2 * torch.sigmoid(self.space(torch.stack((x.amax(1), x.mean(1)), 1))))
+        x, largest, mean = _PlaneExtremes.apply(x)
+        with _in_full(mean):
+            gate = self._gate(torch.stack((largest, mean)).to(self.up.weight.dtype))
+        x, extremes = _ScaledExtremes.apply(x, gate)
+        out: Tensor = _Masked.apply(x, 2 * torch.sigmoid(self.space(extremes)))
+        return out
+
+    def _gate(self, seen: Float[Tensor, "2 n c"]) -> Float[Tensor, "n c"]:
+        return 2 * torch.sigmoid(self.up(F.silu(self.down(seen))).sum(0))
 
 
 class _Plane(nn.Conv2d):
@@ -107,13 +120,25 @@ class _Plane(nn.Conv2d):
         # Libraries are slow at one output channel. As a convolution along the rows, whose channels are the columns and
         # whose weights are banded, it takes a third of the time, though it computes many products with zero.
         assert self.bias is not None
-        columns, radius = torch.arange(x.shape[3]), self.kernel_size[1] // 2
-        offset = columns - columns[:, None] + radius
-        is_inside = (offset >= 0) & (offset <= 2 * radius)
-        band = self.weight[0][:, :, offset.clamp(0, 2 * radius)] * is_inside
+        width = x.shape[3]
+        band = (self.weight[0].flatten(0, 1) @ _band(width, self.kernel_size[1])).view(2, -1, width, width)
         band = band.permute(2, 0, 3, 1).flatten(1, 2)
-        out = F.conv1d(x.transpose(2, 3).flatten(1, 2), band, self.bias.expand(len(columns)), padding=radius)
+        out = F.conv1d(x.transpose(2, 3).flatten(1, 2), band, self.bias.expand(width), padding=self.kernel_size[0] // 2)
         return out.transpose(1, 2).unsqueeze(1)
+
+
+def _in_full(x: Tensor) -> AbstractContextManager[object]:
+    """No half precision: so few products take less time than the conversions would."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept must serve training whatever called first
+def _band(width: int, taps: int) -> Float[Tensor, "taps pairs"]:
+    """1 where a tap carries an input column to an output column: what spreads a row of weights over all pairs."""
+    columns = torch.arange(width)
+    offset = columns - columns[:, None] + taps // 2
+    return (offset == torch.arange(taps)[:, None, None]).flatten(1).float()
 
 
 def axis_extremes(
@@ -133,7 +158,7 @@ class _Squeezed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         ctx.positions = x.shape[2] * x.shape[3]
-        return x.view_as(x), F.avg_pool2d(x, (x.shape[2], x.shape[3])).flatten(1)
+        return x.view_as(x), _plane_sums(x) / ctx.positions
 
     @staticmethod
     def backward(ctx: Any, of_x: Tensor, of_mean: Tensor) -> Tensor:  # noqa: ANN401
@@ -152,9 +177,75 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         x, gate = ctx.saved_tensors
-        height, width = x.shape[2:]
-        of_gate = F.avg_pool2d(gradient * x, (height, width)).flatten(1) * (height * width)
+        of_gate = _plane_sums(gradient * x)
         return gradient * gate.to(gradient.dtype)[:, :, None, None], of_gate.to(gate.dtype)
+
+
+def _plane_sums(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c"]:
+    """Sums over positions, by what is fast in the memory order of `x`."""
+    if x.is_contiguous():
+        return x.sum((2, 3))
+    return F.avg_pool2d(x, x.shape[2:]).flatten(1) * (x.shape[2] * x.shape[3])
+
+
+class _PlaneExtremes(torch.autograd.Function):
+    """The input with each channel's maximum and mean over positions, with one gradient for the three.
+
+    As in all of these, where a maximum is reached more than once, one place takes the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+        x = x.contiguous()
+        # First the column: to look for the place of a maximum among all positions takes five times as long.
+        largest, column = x.amax(2).max(2)
+        of_column = x.gather(3, column[:, :, None, None].expand(-1, -1, x.shape[2], 1)).squeeze(3)
+        ctx.save_for_backward(of_column.max(2).indices * x.shape[3] + column)
+        return x.view_as(x), largest, x.mean((2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, of_x: Tensor, of_largest: Tensor, of_mean: Tensor) -> Tensor:  # noqa: ANN401
+        (where,) = ctx.saved_tensors
+        out = of_x.contiguous() + (of_mean / (of_x.shape[2] * of_x.shape[3]))[:, :, None, None]
+        out.flatten(2).scatter_add_(2, where.unsqueeze(2), of_largest.unsqueeze(2))
+        return out
+
+
+class _ScaledExtremes(torch.autograd.Function):
+    """Channels times gates, and maximum and mean of that along the channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        n, c, h, w = x.shape
+        out = x * gate.to(x.dtype)[:, :, None, None]
+        # Positions stand for channels that are innermost in memory, along which pooling is fast.
+        outward = out.view(n, c, 1, h * w).permute(0, 3, 1, 2)
+        largest, where = F.max_pool2d(outward, (c, 1), return_indices=True)
+        ctx.save_for_backward(x, gate, where)
+        extremes = torch.stack((largest.view(n, h, w), F.avg_pool2d(outward, (c, 1)).view(n, h, w)), 1)
+        return out, extremes
+
+    @staticmethod
+    def backward(ctx: Any, of_out: Tensor, of_extremes: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        x, gate, where = ctx.saved_tensors
+        n, c, h, w = x.shape
+        whole = of_out.contiguous() + of_extremes[:, 1:] / c
+        whole.view(n, c, h * w).scatter_add_(1, where.view(n, 1, h * w), of_extremes[:, :1].flatten(2))
+        return whole * gate.to(whole.dtype)[:, :, None, None], (whole * x).sum((2, 3)).to(gate.dtype)
+
+
+class _Masked(torch.autograd.Function):
+    """Positions times gates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, gate)
+        return x * gate.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        x, gate = ctx.saved_tensors
+        return gradient * gate.to(gradient.dtype), (gradient * x).sum(1, keepdim=True).to(gate.dtype)
 
 
 class _Extremes(torch.autograd.Function):
@@ -190,8 +281,7 @@ class _Extremes(torch.autograd.Function):
         where_c, where_w, where_h = ctx.saved_tensors
         n, c, h, w = ctx.shape
         max_c, mean_c, max_w, mean_w, max_h, mean_h = (gradient.float() for gradient in gradients)
-        out = torch.empty((n, c, h, w), device=mean_c.device, memory_format=torch.channels_last)
-        torch.add((mean_w / w).unsqueeze(3), (mean_h / h).unsqueeze(2), out=out)
+        out = _over_planes(mean_w / w, mean_h / h)
         out += (mean_c / c).unsqueeze(1)
         # Indices of pooling count within the plane that was pooled.
         flat = (
@@ -203,13 +293,18 @@ class _Extremes(torch.autograd.Function):
         return out.to(ctx.dtype)
 
 
+def _over_planes(of_rows: Float[Tensor, "n c h"], of_columns: Float[Tensor, "n c w"]) -> Float[Tensor, "n c h w"]:
+    """Sums of all pairs, channels last: so must the two small ones lie, or the sum takes three times as long."""
+    last = torch.channels_last
+    return of_rows.unsqueeze(3).contiguous(memory_format=last) + of_columns.unsqueeze(2).contiguous(memory_format=last)
+
+
 class _Gated(torch.autograd.Function):
     """x · (a + b + c) with gates that each miss one axis; their gradients are summed by pooling, which is fast."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, over_c: Tensor, over_w: Tensor, over_h: Tensor) -> Tensor:  # noqa: ANN401
-        gate = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last)
-        torch.add(over_w.float(), over_h.float(), out=gate)
+        gate = _over_planes(over_w.float().squeeze(3), over_h.float().squeeze(2))
         gate += over_c.float()
         gate = gate.to(x.dtype)
         ctx.save_for_backward(x, gate)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from louver.measures.information import distance_correlation
+from louver.measures.rows import gram
 
 __all__ = ["channel_correlation", "image_correlation", "mean_magnitude"]
 
@@ -38,11 +39,13 @@ def channel_correlation(z: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
     with torch.autocast(z.device.type, enabled=False):
         rows = z.float().flatten(2)
         rows = rows - rows.mean(2, keepdim=True)
+        products = gram(rows)
+        squares = products.diagonal(dim1=1, dim2=2)
         # The smallest term that keeps the gradient of a constant channel finite; relative, a shrunk z would hide in it.
-        rows = rows * (rows.square().sum(2, keepdim=True) + 1e-12).rsqrt()
-        products = rows @ rows.transpose(1, 2)
-        squares = products.square().sum() - products.diagonal(dim1=1, dim2=2).square().sum()
-        return squares / (len(z) * max(channels * (channels - 1), 1))
+        scale = (squares + 1e-12).rsqrt()
+        correlations = products * scale.unsqueeze(1) * scale.unsqueeze(2)
+        found = correlations.square().sum() - correlations.diagonal(dim1=1, dim2=2).square().sum()
+        return found / (len(z) * max(channels * (channels - 1), 1))
 
 
 def mean_magnitude(z: Tensor) -> Float[Tensor, ""]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from louver.errors import ConfigError, DataError
 from louver.measures.mutual import Estimate, mutual_information
-from louver.measures.rows import FLAT, checked_rows
+from louver.measures.rows import FLAT, checked_rows, gram
 
 __all__ = [
     "Entropy",
@@ -86,7 +86,7 @@ def _centered_distances(batch: Tensor) -> Float[Tensor, "n n"]:
 
 def _squared_distances(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
     """Squared distances by one product, and the sums of squares that they are small differences of."""
-    products = rows @ rows.T
+    products = gram(rows)
     squares = products.diagonal()
     both = squares.unsqueeze(0) + squares.unsqueeze(1)
     return both - 2 * products, both

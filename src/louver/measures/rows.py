@@ -1,6 +1,8 @@
-"""What every measure of features asks of a batch before it looks at it."""
+"""Rows of features: what every measure asks of them, and their products."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -8,10 +10,29 @@ from torch import Tensor
 
 from louver.errors import DataError
 
-__all__ = ["FLAT", "checked_rows"]
+__all__ = ["FLAT", "checked_rows", "gram"]
 
 FLAT = 1e-6
 """A spread below this share of the level is rounding of float32."""
+
+
+class _Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(rows)
+        return rows @ rows.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        (rows,) = ctx.saved_tensors
+        out: Tensor = (gradient + gradient.mT) @ rows
+        return out
+
+
+def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
+    """Products of all pairs of rows; its gradient is one product, where autograd takes two, one for each factor."""
+    found: Tensor = _Gram.apply(rows)
+    return found
 
 
 def checked_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -388,7 +387,7 @@ def render_comparison(found: Comparison, held: Pictures | None = None) -> str:
         .render(
             found=found,
             style=Markup((folder / "report.css").read_text(encoding="utf-8")),
-            name=wording.joined(found.groups) if found.groups else re.sub(r"[_\s]+", " ", found.task),
+            name=wording.joined(found.groups) if found.groups else found.task[:1].upper() + found.task[1:],
             headline=wording.headline(found),
             standings=[
                 (

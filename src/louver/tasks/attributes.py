@@ -40,6 +40,12 @@ class Attributes:
         _ = self._parts
 
     @property
+    def title(self) -> str:
+        """The columns."""
+        *others, last = (repr(column) for column in self.columns)
+        return "attributes " + (f"{', '.join(others)} and {last}" if others else last)
+
+    @property
     def score(self) -> str:
         """Mean accuracy over the attributes decides between epochs."""
         return "accuracy"

@@ -36,6 +36,10 @@ class Task(Protocol):
     """A use of a network. Training minimizes its criterion, and keeps the epoch whose figure `score` is highest."""
 
     @property
+    def title(self) -> str:
+        """What the network does, in a few plain words, as reports and refusals call it."""
+
+    @property
     def score(self) -> str:
         """The key of `evaluate` that says which of two networks is better: the higher one."""
 

@@ -36,6 +36,11 @@ class Classification:
             )
 
     @property
+    def title(self) -> str:
+        """The column and the number of classes."""
+        return f"classification of {self.column!r} into {self.n_classes} classes"
+
+    @property
     def score(self) -> str:
         """Accuracy decides between epochs."""
         return "accuracy"

@@ -61,11 +61,16 @@ class ReIdentification:
         }
         for what, (expected, holds) in rules.items():
             if not holds:
-                raise ConfigError(f"{self._title}: expected {what} of {expected}, got {getattr(self, what)}")
+                raise ConfigError(f"{self.title}: expected {what} of {expected}, got {getattr(self, what)}")
         if not (self.identity_weight or self.triplet_weight):
             raise ConfigError(
-                f"{self._title}: expected identity_weight or triplet_weight above 0, got 0 for both; there is no loss"
+                f"{self.title}: expected identity_weight or triplet_weight above 0, got 0 for both; there is no loss"
             )
+
+    @property
+    def title(self) -> str:
+        """The column of identities."""
+        return f"re-identification by {self.column!r}"
 
     @property
     def score(self) -> str:
@@ -163,12 +168,8 @@ class ReIdentification:
         Raises:
             ConfigError: they are not.
         """
-        expected = f"{self._title}: expected embeddings of shape (n, d)"
+        expected = f"{self.title}: expected embeddings of shape (n, d)"
         check_rows(outputs, None, expected, "end the network with pooling and flattening")
-
-    @property
-    def _title(self) -> str:
-        return f"re-identification by {self.column!r}"
 
     def _cameras(self, images: Images) -> Int[Tensor, " n"]:
         assert self.camera is not None
@@ -183,16 +184,16 @@ class ReIdentification:
         if lone:
             others = f" (and {len(lone) - 1} more identities)" if len(lone) > 1 else ""
             raise DataError(
-                f"{self._title}: expected 2 images or more of each identity to train on, got 1 of identity "
+                f"{self.title}: expected 2 images or more of each identity to train on, got 1 of identity "
                 f"{lone[0]}{others}; drop it from the training images, or add images of it"
             )
         if len(identities) < 2:
             raise DataError(
-                f"{self._title}: expected 2 identities or more to train on, got {identities.tolist()}; add others"
+                f"{self.title}: expected 2 identities or more to train on, got {identities.tolist()}; add others"
             )
         if self.distractor is not None and bool((identities == self.distractor).any()):
             raise DataError(
-                f"{self._title}: expected no distractors (identity {self.distractor}) to train on; "
+                f"{self.title}: expected no distractors (identity {self.distractor}) to train on; "
                 "drop them from the training images"
             )
 
@@ -240,7 +241,7 @@ class _MetricLoss(Criterion):
         is_known = self.identities[numbers] == targets
         if not bool(is_known.all()):
             raise DataError(
-                f"re-identification by {self.task.column!r}: identity {int(targets[~is_known][0])} is none of the "
+                f"{self.task.title}: identity {int(targets[~is_known][0])} is none of the "
                 f"{len(self.identities)} that the criterion was made for; make it from the targets of all training "
                 "images"
             )
