@@ -140,7 +140,7 @@ CASES = {
     "nopeek": (NoPeek(weight=4.0), narrow, "2", "loud"),
     "adversarial": (AdversarialTraining(weight=1.0, measure="relative", hinge=None), narrow, "2", "loud"),
     "patrol": (
-        PATROL(target_share=0.6, beta=1.0, adversary_share=1.0, mending_share=0.75, sparsity=0.5),
+        PATROL(target_share=0.6, beta=1.0, adversary_share=1.0, mending_share=0.5),
         narrow,
         "2",
         "loud",
