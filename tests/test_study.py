@@ -9,6 +9,7 @@ import sys
 import time
 import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +68,13 @@ def written(path, table):
     return path
 
 
+@pytest.fixture
+def short_critics(monkeypatch):
+    """Critics of mutual information take a third of a study's time, and are tested where they are."""
+    monkeypatch.setattr("louver.experiment.Judging", partial(Judging, mine_steps=40))
+
+
+@pytest.mark.usefixtures("short_critics")
 def test_the_example_runs_whole(tmp_path):
     experiment = read_experiment(written(tmp_path / "run.toml", example()))
     told = []
@@ -100,6 +108,7 @@ def test_the_example_runs_whole(tmp_path):
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in facts.items() if k != "seconds"}
 
 
+@pytest.mark.usefixtures("short_critics")
 def test_hardening_may_start_from_nothing_and_its_metrics_are_kept(tmp_path, monkeypatch, capsys):
     table = example(
         training=None, task=None, probes=None, defense={"kind": "hybrid", "components": 6, "noise_scale": "relative"}
