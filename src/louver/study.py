@@ -378,11 +378,13 @@ def _knows(roles: Roles, test: Images, judging: Judging) -> bool:
 def _labeled(
     sent: _Sent, rows: Mapping[str, Tensor], column: str
 ) -> tuple[dict[str, Tensor], dict[str, NDArray[np.int64]]]:
-    """Of each role the rows whose images have a label in `column`, and the labels."""
+    """Of each role the rows whose images have a label in `column` that the attacker's own show too, and the labels."""
+    own = sent.images["train"].column(column)
+    known = np.unique(own[own >= 0])
     found, labels = {}, {}
     for role, images in sent.images.items():
         column_of = images.column(column)[: len(rows[role])]
-        has_label = column_of >= 0
+        has_label = np.isin(column_of, known)
         found[role], labels[role] = rows[role][torch.from_numpy(has_label)], column_of[has_label]
     return found, labels
 
