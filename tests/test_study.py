@@ -287,7 +287,7 @@ def test_every_bench_names_each_cell_once_and_its_cells_can_be_cut(name, scale):
 
 
 def test_identities_and_labels_that_some_images_lack_are_judged(tmp_path):
-    """Log-rank privacy needs people who are known; explained variance needs components; -1 is no label; 7 nobody knew."""
+    """Log-rank privacy needs people who are known; explained variance needs components, -1 no label, 7 unseen."""
     rng = np.random.default_rng(0)
     people = rng.integers(0, 256, (28, 3, 16, 16))
 
