@@ -31,7 +31,7 @@ from typing import Any
 from common import record
 from louver.bundle import Bundle, read_bundle
 from louver.cloud.tokens import add_client
-from serving import body_of, tail_bundle
+from serving import request_of, tail_bundle
 
 CLUSTER = Path(__file__).parents[1] / "tests/ray_cluster.py"
 REPLICAS = (1, 2, 3)
@@ -94,13 +94,8 @@ async def ask(told: dict[str, Any], bundle: Bundle, token: str, is_over: asyncio
 
     A connection is kept for as long as the server says: HAProxy gives way to another one when replicas come or go.
     """
-    body, head = body_of(bundle)
+    request = request_of(f"{bundle.name}/versions/{bundle.id}", bundle, token)
     host, _, port = told["rest"].removeprefix("http://").rpartition(":")
-    request = (
-        f"POST /v2/models/{bundle.name}/versions/{bundle.id}/infer HTTP/1.1\r\nhost: x\r\n"
-        f"authorization: Bearer {token}\r\ninference-header-content-length: {head}\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
-    ).encode() + body
     found: Counter[str] = Counter()
 
     async def client() -> None:

@@ -180,6 +180,16 @@ def body_of(bundle: Bundle, rows: int = 1) -> tuple[bytes, int]:
     return head + tensor, len(head)
 
 
+def request_of(model: str, bundle: Bundle, token: str) -> bytes:
+    """All of a request of HTTP for `model` (NAME/versions/VERSION), as a client of asyncio's streams writes it."""
+    body, head = body_of(bundle)
+    return (
+        f"POST /v2/models/{model}/infer HTTP/1.1\r\nhost: x\r\n"
+        f"authorization: Bearer {token}\r\ninference-header-content-length: {head}\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    ).encode() + body
+
+
 def rest_call(address: str, path: str, body: bytes, headers: dict[str, str]) -> Callable[[], None]:
     """One POST on a connection that is kept."""
     host, _, port = address.removeprefix("http://").rpartition(":")
@@ -220,13 +230,8 @@ def times(call: Callable[[], None], count: int) -> tuple[float, float]:
 
 def rate_of_clients(address: str, model: str, bundle: Bundle, token: str, seconds: float) -> float:
     """Answers a second to 32 clients of `model` (NAME/versions/VERSION), a connection each, from one loop here."""
-    body, head = body_of(bundle)
+    request = request_of(model, bundle, token)
     host, _, port = address.removeprefix("http://").rpartition(":")
-    request = (
-        f"POST /v2/models/{model}/infer HTTP/1.1\r\nhost: x\r\n"
-        f"authorization: Bearer {token}\r\ninference-header-content-length: {head}\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
-    ).encode() + body
     count = 0
 
     async def client(until: float) -> None:

@@ -326,3 +326,6 @@ def test_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     code, _, err = call("audit")
     assert code == 2
     assert "experiment file or --bundle" in err
+    code, out, _ = call("export", run, "-o", "c", "--cut", "stage2", "--no-audit", "--json")
+    assert code == 0
+    assert json.loads(out)["id"] == read_bundle(tmp_path / "c").id

@@ -217,27 +217,27 @@ def demo(
 ) -> None:
     """Run the whole job on a generated world: train, cut, attack, report, export, and serve. Needs no data."""
     with lab():
-        from louver.bundle import read_bundle
         from louver.config import read_experiment
         from louver.data import load_images
         from louver.experiment import run_experiment
         from louver.exporting import export_run
         from louver.loopback import try_service
         from louver.runs import to_json
+        from louver.types import share_of
     with as_file(files("louver") / "demo.toml") as path:
         experiment = read_experiment(path)
     set_threads(threads)
     chosen = device_named(device)
     folder, cut = out / "bundle", experiment.audit.cuts[-1]
     with progress_shown() as tell, redirect_stdout(sys.stderr):
-        found = run_experiment(experiment, out, device=chosen, progress=lambda w, f: tell(w, 0.7 * f))
+        found = run_experiment(experiment, out, device=chosen, progress=share_of(tell, 0.0, 0.7))
         # That of an earlier demo may be of another version; what its audit has finished is kept beside the run.
         shutil.rmtree(folder, ignore_errors=True)
-        export_run(out, folder, cut=cut, device=chosen, progress=lambda w, f: tell(f"export: {w}", 0.7 + 0.25 * f))
-        bundle = read_bundle(folder)
+        exporting = share_of(tell, 0.7, 0.95)
+        bundle = export_run(out, folder, cut=cut, device=chosen, progress=lambda w, f: exporting(f"export: {w}", f))
         assert experiment.data.label is not None
         test = load_images(experiment.data.test).take(slice(0, _DEMO_IMAGES))
-        service = try_service(bundle, test, test.column(experiment.data.label), lambda w, f: tell(w, 0.95 + 0.05 * f))
+        service = try_service(bundle, test, test.column(experiment.data.label), share_of(tell, 0.95, 1.0))
     if as_json:
         _draw(found, out)
         print(json.dumps({**to_json(found), "bundle": bundle.id, "service": asdict(service)}))

@@ -422,10 +422,9 @@ def _rebuilt(
     attack: Attack, state: Mapping[str, Tensor], hard: Split, sent: _Sent, device: torch.device
 ) -> dict[str, Tensor]:
     """What the attack makes of the features of the attacker's own pictures, in 256 levels as under test."""
-    cut = hard.cut
     view = View(
         image_shape=sent.test.image_shape,
-        feature_shape=cut.feature_shape,
+        feature_shape=hard.cut.feature_shape,
         cloud=hard.cloud,
         edge=None,
         train=None,

@@ -150,13 +150,14 @@ async def _infer(service: Service, content: bytes, context: Context) -> bytes:
     try:
         service.hold(request, 2 * len(content))  # the message, and what is parsed of it
         await service.admit(request, _authorization(context))
-        call = _known_call(service, request, content)
+        parts = _parts(content)
+        call = _known_call(service, request, parts) if parts is not None else None
         if call is None:
             asked = _parsed(messages.ModelInferRequest, content)
             request.served = service.repository.find(asked.model_name, asked.model_version)
             call = _read_call(asked, request.served.model, service.settings.limits)
             # Without a version: which one that is may change.
-            if call.is_binary and asked.model_version and (parts := _parts(content)) is not None:
+            if call.is_binary and asked.model_version and parts is not None:
                 service.rpc_heads.keep(parts[0], (asked.model_name, asked.model_version, len(call.feature)))
         scores = service.checked(await (await service.submit(request, call, content)))
         assert request.served is not None
@@ -171,17 +172,17 @@ async def _infer(service: Service, content: bytes, context: Context) -> bytes:
         service.ended(request)
 
 
-def _known_call(service: Service, request: Request, content: bytes) -> Call | None:
+def _known_call(service: Service, request: Request, parts: tuple[bytes, bytes, memoryview]) -> Call | None:
     """The call in a message whose head was read before, its tensor a view of it; None if it must be read as a whole."""
-    parts = _parts(content)
-    found = service.rpc_heads.find(parts[0]) if parts is not None else None
-    if parts is None or found is None:
+    head, call_id, tensor = parts
+    found = service.rpc_heads.find(head)
+    if found is None:
         return None
     name, version, rows = found
     request.served = served = service.repository.find(name, version)
-    feature = tensor_bytes(parts[2], served.model, rows)
+    feature = tensor_bytes(tensor, served.model, rows)
     check_feature(feature)
-    return Call(id=parts[1].decode(), feature=feature, is_binary=True)
+    return Call(id=call_id.decode(), feature=feature, is_binary=True)
 
 
 def _parts(content: bytes) -> tuple[bytes, bytes, memoryview] | None:

@@ -17,6 +17,7 @@ import base64
 import fcntl
 import json
 import os
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ __all__ = ["Outbox"]
 _FORMAT = 1
 _NONCE, _KEY_BYTES = 12, 32
 _MOST_HEAD = 2**12
-_THEN = "what the queue had acknowledged is whole; free space or mend the disk"
+_refusals = partial(refusals, then="what the queue had acknowledged is whole; free space or mend the disk")
 
 
 class Outbox:
@@ -50,11 +51,11 @@ class Outbox:
         self._guard = Lock()
         self._lock_file = -1
         key_file = settings.queue_key or self.folder.with_name(self.folder.name + ".key")
-        with refusals(self.folder, then=_THEN):
+        with _refusals(self.folder):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock_file = _locked(self.folder)
         try:
-            with refusals(self.folder, then=_THEN):
+            with _refusals(self.folder):
                 self._open(key_file)
         except BaseException:
             self.close()
@@ -147,7 +148,7 @@ class Outbox:
             if self._lock_file < 0:
                 raise StorageError(f"{self.folder} was closed; nothing was kept; open it again")
             self._check_room(size)
-            with refusals(self.folder, then=_THEN):
+            with _refusals(self.folder):
                 _write(self._path(place), [nonce, sealed])
             self._sizes[place] = size
 
@@ -174,7 +175,7 @@ class Outbox:
             StorageError: the disk does not give it.
         """
         path = self._path(place)
-        with refusals(path, doing="read", then=_THEN):
+        with _refusals(path, doing="read"):
             content = path.read_bytes()
         try:
             plain = self._cipher.decrypt(content[:_NONCE], content[_NONCE:], self._seal(place))
@@ -186,7 +187,7 @@ class Outbox:
 
     def remove(self, place: int) -> None:
         """Forgets a request whose answer was delivered, or that its owner gives up."""
-        with self._guard, refusals(self.folder, then=_THEN):
+        with self._guard, _refusals(self.folder):
             self._path(place).unlink(missing_ok=True)
             _sync(self.folder)
             self._sizes.pop(place, None)
@@ -194,7 +195,7 @@ class Outbox:
     def set_aside(self, place: int) -> Path:
         """Moves a damaged entry out of the way; where it is now."""
         path = self._path(place)
-        with self._guard, refusals(self.folder, then=_THEN):
+        with self._guard, _refusals(self.folder):
             aside = path.replace(path.with_suffix(".damaged"))
             _sync(self.folder)
             self._sizes.pop(place, None)

@@ -145,8 +145,7 @@ def learned_metric(
     if len(repeated) < LEAST_IDENTITIES:
         raise DataError(
             f"learned_metric: expected {LEAST_IDENTITIES} identities or more with two rows, got {len(repeated)}; give "
-            "more labeled "
-            "images, or compare features as they are"
+            "more labeled images, or compare features as they are"
         )
     flat, *seen = standardized(rows, *others, device=device)
     identity = identity.to(flat.device)
