@@ -9,6 +9,7 @@ said. Leakage is that of the strongest attack; one cell leaks less than another 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from typing import Any
@@ -17,6 +18,8 @@ from common import RESULTS, record, strongest
 from louver.measures.difficulty import Factors, inversion_difficulty, order_agreement
 
 Cell = dict[str, Any]
+INFORMATION = ("mine", "entropy", "effective_volume")
+FLOAT_BYTES = 4
 BASELINES = ("none", "noise", "nopeek", "bottleneck", "dropout", "adversarial")
 
 
@@ -54,6 +57,18 @@ def line(cell: Cell) -> dict[str, Any]:
 def less(a: Cell, b: Cell) -> bool:
     """Whether `a` is shown to leak less than `b`: the intervals of SSIM do not meet."""
     return bool(leak(a, "ssim")["high"] < leak(b, "ssim")["low"])
+
+
+def compared(a: Cell, b: Cell) -> dict[str, str]:
+    """Whether `a` leaks less than `b`, attack by attack and measure by measure, on the same images."""
+    rows = {(row["attack"], row["measure"]): row for row in b["leakage"]}
+    found = {}
+    for row in a["leakage"]:
+        other = rows.get((row["attack"], row["measure"]))
+        if other is not None:
+            is_less, is_more = row["high"] < other["low"], row["low"] > other["high"]
+            found[f"{row['attack']} {row['measure']}"] = "yes" if is_less else "no" if is_more else "not shown"
+    return found
 
 
 def judged(value: tuple[float, float, float], bound: float, *, is_above: bool) -> str:
@@ -114,15 +129,18 @@ def siftfunnel(cells: dict[str, Cell], base: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "cell": name,
             **line(cell),
-            "points lost": [round(100 * one, 2) for one in lost],
-            "information of the undefended": {
-                what: rounded(ratio(cell, cells[base], what)) for what in ("mine", "effective_volume")
-            },
+            f"points lost to {base}": [round(100 * one, 2) for one in lost],
+            **(
+                {f"points lost to {start}": [round(100 * one, 2) for one in lost_points(cell, cells[start])]}
+                if (start := base.removesuffix("-tuned")) != base and start in cells
+                else {}
+            ),
+            "information of the undefended": {what: rounded(ratio(cell, cells[base], what)) for what in INFORMATION},
             "answer": {"fewer than 3 points lost": judged(lost, 0.03, is_above=False)},
         }
         if best is not None:
             more = more_error(cell, best)
-            shares = {what: ratio(cell, best, what) for what in ("mine", "effective_volume")}
+            shares = {what: ratio(cell, best, what) for what in INFORMATION}
             row |= {
                 "best baseline": best["name"],
                 "its points more": round(100 * (utility(best)[0] - utility(cell)[0]), 2),
@@ -141,19 +159,27 @@ def rounded(values: tuple[float, float, float]) -> list[float]:
     return [round(one, 3) for one in values]
 
 
-def order(cells: dict[str, Cell], base: str) -> dict[str, Any]:
-    """Rank correlation of SiftFunnel's criterion with the SSIM of the strongest attack, and what protects by it."""
+def order(cells: dict[str, Cell]) -> dict[str, Any]:
+    """Rank correlation of SiftFunnel's criterion with the SSIM of the strongest attack, and what protects by it.
+
+    As `louver compare` takes it: next to the undefended cut that leaks most, volume in elements that are not 0, or in
+    directions where a cell has none that is ever 0.
+    """
+    base = max((one for one in cells.values() if one["defense"] == "none"), key=lambda one: leak(one, "ssim")["mean"])
+    has_zeros = all(
+        one["information"]["effective_volume"]["mean"] < one["feature_bytes"] / FLOAT_BYTES for one in cells.values()
+    )
 
     def factors(cell: Cell) -> Factors:
         held = cell["information"]
         return Factors(
             mutual_information=held["mine"]["mean"],
             entropy=held["entropy"]["mean"],
-            volume=held["effective_volume"]["mean"],
-            volume_by="nonzero",
+            volume=held["effective_volume" if has_zeros else "effective_dimensions"]["mean"],
+            volume_by="nonzero" if has_zeros else "dimensions",
         )
 
-    found = {name: inversion_difficulty(factors(cell), factors(cells[base])) for name, cell in cells.items()}
+    found = {name: inversion_difficulty(factors(cell), factors(base)) for name, cell in cells.items()}
     agreed = order_agreement(
         [one.score for one in found.values()], [leak(cell, "ssim")["mean"] for cell in cells.values()]
     )
@@ -161,7 +187,19 @@ def order(cells: dict[str, Cell], base: str) -> dict[str, Any]:
         "Spearman": [round(value, 3) for value in (agreed.correlation, agreed.low, agreed.high)],
         "cells": agreed.n_splits,
         "orders": agreed.orders,
+        "next to": base["name"],
+        "volume in": "elements that are not 0" if has_zeros else "directions",
         "protects by": {name: list(one.protects_by) for name, one in found.items()},
+    }
+
+
+def alike(cells: dict[str, Cell], name: str) -> dict[str, Cell]:
+    """The cells that are cut where `name` is and send as many bytes: how much is sent cannot order these."""
+    one = cells[name]
+    return {
+        key: cell
+        for key, cell in cells.items()
+        if (cell["cut"], cell["feature_bytes"]) == (one["cut"], one["feature_bytes"])
     }
 
 
@@ -185,7 +223,7 @@ def patrol(cells: dict[str, Cell], shallower: str, deeper: str) -> dict[str, Any
                 **line(cell),
                 "leaks less than the shallower cut at no more MACs": less(cell, cells[shallower])
                 and cell["edge_macs"] <= cells[shallower]["edge_macs"],
-                "leaks less than the deeper cut": less(cell, cells[deeper]),
+                "leaks less than the deeper cut": compared(cell, cells[deeper]),
                 "points lost to the shallower": round(100 * (utility(cells[shallower])[0] - utility(cell)[0]), 2),
                 "points lost to the deeper": round(100 * (utility(cells[deeper])[0] - utility(cell)[0]), 2),
                 "answer": less(cell, cells[shallower])
@@ -197,6 +235,17 @@ def patrol(cells: dict[str, Cell], shallower: str, deeper: str) -> dict[str, Any
         },
         "parts": parts,
     }
+
+
+def gap(cell: Cell, other: Cell, measure: str) -> tuple[float, float, float]:
+    """Low, mean and high of how much more `other` leaks by the strongest attack, intervals one by one."""
+    ours, theirs = leak(cell, measure), leak(other, measure)
+    return theirs["low"] - ours["high"], theirs["mean"] - ours["mean"], theirs["high"] - ours["low"]
+
+
+def shown(gaps: list[tuple[float, float, float]]) -> str:
+    """In how many of the draws something is above 0 with its whole interval, and in how many by its mean."""
+    return f"{sum(low > 0 for low, _, _ in gaps)} of {len(gaps)} shown, {sum(mean > 0 for _, mean, _ in gaps)} by mean"
 
 
 def against(cells: dict[str, Cell], first: str, others: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -220,8 +269,9 @@ def against(cells: dict[str, Cell], first: str, others: tuple[str, ...]) -> list
                 first: line(cell),
                 "others": {one["name"]: line(one) for one in rivals},
                 "answer": {
-                    "more useful in every draw": min(points) > 0,
-                    "leaks less in every draw": all(less(cell, one) for one in rivals),
+                    "more useful": shown([lost_points(one, cell) for one in rivals]),
+                    "leaks less, SSIM": shown([gap(cell, one, "ssim") for one in rivals]),
+                    "leaks less, PSNR": shown([gap(cell, one, "psnr") for one in rivals]),
                 },
             }
         )
@@ -246,8 +296,15 @@ def hidden(cell: Cell) -> dict[str, Any]:
     }
 
 
+def apart(one: dict[str, float], other: dict[str, float]) -> str:
+    """ "yes" or "no" where all of the first interval lies above or below the second, else "not shown"."""
+    return "yes" if one["low"] > other["high"] else "no" if one["high"] < other["low"] else "not shown"
+
+
 def embeddings(cells: dict[str, Cell]) -> dict[str, Any]:
-    """Advanced against noisy at equal noise, and whether privacy rises before usefulness falls.
+    """Advanced against noisy at equal noise and at equal usefulness; whether privacy rises before usefulness falls.
+
+    At equal usefulness: each advanced cell beside every noisy one that is shown to be neither more nor less useful.
 
     The shape holds where at some noise at least half of the way from clear to hidden (rank privacy, 0 to 0.5) is done
     and usefulness lies at most 3 points below that of the least noise.
@@ -256,26 +313,28 @@ def embeddings(cells: dict[str, Cell]) -> dict[str, Any]:
         kind: sorted((one for one in cells.values() if one["variant"] == kind), key=lambda one: one["strength"])
         for kind in ("advanced", "noisy")
     }
-    pairs = []
-    for one in swept["advanced"]:
-        for other in (other for other in swept["noisy"] if other["strength"] == one["strength"]):
-            points = 100 * (utility(one)[0] - utility(other)[0])
-            pairs.append(
-                {
-                    "advanced": hidden(one),
-                    "noisy": hidden(other),
-                    "points": round(points, 2),
-                    "answer": {
-                        "no less useful": points >= 0,
-                        "hides shown better": one["rank_privacy"]["low"] > other["rank_privacy"]["high"],
-                        "hides shown worse": one["rank_privacy"]["high"] < other["rank_privacy"]["low"],
-                    },
-                }
-            )
+    pairs: dict[str, list[dict[str, Any]]] = {"equal noise": [], "equal usefulness": []}
+    for one, other in itertools.product(swept["advanced"], swept["noisy"]):
+        low, points, high = (100 * value for value in lost_points(other, one))
+        row = {
+            "advanced": hidden(one),
+            "noisy": hidden(other),
+            "points more": rounded((low, points, high)),
+            "hides better": {
+                "rank privacy": apart(one["rank_privacy"], other["rank_privacy"]),
+                "log-rank privacy": apart(one["log_rank_privacy"], other["log_rank_privacy"]),
+                "pictures": apart(leak(other, "ssim"), leak(one, "ssim")),
+                "information": apart(other["information"]["mine"], one["information"]["mine"]),
+            },
+        }
+        if one["strength"] == other["strength"]:
+            pairs["equal noise"].append(row)
+        if low <= 0 <= high:
+            pairs["equal usefulness"].append(row)
     curve = [hidden(one) for one in swept["advanced"]]
     best = utility(swept["advanced"][0])[0]
     return {
-        "pairs": pairs,
+        **pairs,
         "curve": curve,
         "privacy rises before usefulness falls": any(
             one["rank privacy"][0] >= 0.25 and one["utility"][0] >= best - 0.03 for one in curve
@@ -291,7 +350,8 @@ def main() -> None:
     cifar, choices, faces = (table(name, scale) for name in ("cifar10", "cifar10-choices", "faces"))
     figures: dict[str, Any] = {}
     if cifar:
-        figures["order of difficulty, CIFAR-10"] = order(cifar, "none-layer1")
+        figures["order of difficulty, CIFAR-10"] = order(cifar)
+        figures["order of difficulty, CIFAR-10, equal cut and size"] = order(alike(cifar, "none-layer2"))
         figures["SiftFunnel, CIFAR-10"] = siftfunnel(cifar, "none-layer2-tuned")
         figures["PATROL, CIFAR-10"] = patrol(cifar, "none-layer1-tuned", "none-layer2-tuned")
     if choices:

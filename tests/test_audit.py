@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -319,6 +320,23 @@ def test_a_network_that_computes_something_else_is_attacked_anew(roles: Roles, t
     silent, open_ = psnr_of(0.0), psnr_of(1.0)
     assert silent[1] == pytest.approx(silent[0])
     assert open_[1] > silent[1] + 3
+
+
+def test_a_split_left_in_training_mode_is_audited_as_it_is_used(roles: Roles) -> None:
+    """Statistics of a batch would let each picture's features depend on the others, and change while attacked."""
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 12 * 16, 3))
+    nn.init.constant_(net[1].running_mean, 0.4)
+    halves = split(net.eval(), "1", torch.rand(2, *SHAPE)).eval()
+    chosen = np.random.default_rng(4).permutation(30)[:20]
+    with torch.no_grad():
+        in_use = halves.edge(torch.from_numpy(roles.test.floats(chosen)))
+    before = copy.deepcopy(halves.state_dict())
+    attack = recorder()
+    run([halves.train()], roles, {"recorder": attack})
+    torch.testing.assert_close(torch.cat(attack.log.features), in_use)
+    assert halves.training  # the user's own, left as it was
+    for name, value in halves.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_mended_labels_are_scored_anew(splits: list[Split], roles: Roles, tmp_path: Path) -> None:

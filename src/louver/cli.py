@@ -156,7 +156,7 @@ def harden(
     resume: Annotated[bool, typer.Option(help="Go on in a run folder that exists; finished parts are kept.")] = False,
     tensorboard: Annotated[Path | None, typer.Option(help="Write metrics of training there for TensorBoard.")] = None,
     mlflow: Annotated[str | None, typer.Option(help="Send metrics of training to this MLflow address.")] = None,
-    devices: Annotated[int, typer.Option(min=1, help="How many GPUs share each batch.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="How many GPUs, or processes on a CPU, share each batch.")] = 1,
     as_json: AsJson = False,
     device: Device = "auto",
     threads: Threads = None,

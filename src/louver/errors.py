@@ -81,6 +81,10 @@ class AttackError(LouverError, RuntimeError):
     """An attack broke; a broken attack is never reported as a good defense."""
 
 
+class WorkerError(LouverError, RuntimeError):
+    """A process that shared in the work was lost; what was finished is kept."""
+
+
 class CloudError(LouverError, RuntimeError):
     """The cloud half gave no answer."""
 

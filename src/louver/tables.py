@@ -204,10 +204,9 @@ def _cifar10_choices(scale: Scale, seed: int) -> Bench:
                 f"{long} epochs",
             )
         ),
+        replace(_unprotected(cut, is_trained=True), name=f"none-{cut}-long", epochs=long),
     ]
-    return _on_cifar10(
-        "CIFAR-10, choices", cells, scale, seed, completion_counts=(20,) if scale == "laptop" else (5, 20, 100)
-    )
+    return _on_cifar10("CIFAR-10, choices", cells, scale, seed, completion_counts=(5, 20, 100))
 
 
 def _cifar_model() -> nn.Module:

@@ -13,13 +13,16 @@ import hashlib
 import json
 import logging
 import math
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 from jaxtyping import Float, Int, UInt8
 from lightning_fabric import Fabric
@@ -30,6 +33,7 @@ from louver.cut import Split
 from louver.defenses.base import Batch, Pressure
 from louver.devices import has_fast_bfloat16
 from louver.errors import ConfigError, DataError, nearest
+from louver.parallel import Tell, messages_of
 from louver.stochastic import drawing_from
 from louver.tasks import Criterion, Task
 from louver.types import Images, Log, Progress
@@ -107,13 +111,16 @@ def fit(
 
     `model` itself is left as it was. `checkpoint` is a safetensors file, rewritten after each epoch and read first if
     it is there: a stopped run goes on, a finished one returns at once. `progress(what, fraction)` is called after each
-    epoch. `devices` GPUs share each batch (data parallel).
+    epoch. `devices` GPUs, or processes of a CPU, share each batch (data parallel); each is a process of its own, which
+    imports the main script again, so keep `if __name__ == "__main__"` there. A run resumes bit for bit on one device.
 
     Raises:
-        ConfigError: nothing to train, or the loss became NaN; the checkpoint then holds the last good epoch.
+        ConfigError: nothing to train, more devices than there are, or the loss became NaN; the checkpoint then holds
+            the last good epoch.
         DataError: no images, or labels that are not the task's.
         StorageError: the checkpoint cannot be written; the one of the epoch before is kept.
         WeightsError: the checkpoint is of another run, or damaged.
+        WorkerError: one of several processes was lost.
     """
     config = config or Training()
     return train(
@@ -196,48 +203,132 @@ def train(
         ConfigError, DataError, StorageError, WeightsError: as `fit`.
     """
     device = torch.device(device)
-    targets = task.targets(images)
+    task.targets(images)
     task.targets(validation)
     if len(images) < 2:
         raise DataError(f"{images.name}: expected 2 images or more to train on, got {len(images)}")
-    fabric = _fabric(config.precision, device, devices)
-    marks = _marks(network, task, images, validation, config, seed) | dict(identity or {})
-    run = _begin(network, task, images, targets, pressure, config, seed, fabric)
-    if checkpoint is not None and checkpoint.exists():
-        _restore(run, checkpoint, marks)
-    wrapped = fabric.setup(run.trainee, run.optimizer, move_to_device=False)
-    while run.epoch < epochs and not _is_stale(run, config):
-        # Dropout and its like draw from torch's global generators.
-        with drawing_from(_epoch_seed(seed, run.epoch), fabric.device):
-            losses = _train_epoch(run, wrapped, task, images, targets, config, epochs, seed, fabric, checkpoint)
-        run.epoch += 1
-        # Noise that stays on in use is drawn here too: the same in every epoch, so that they are compared alike.
-        with drawing_from(_epoch_seed(seed, 0), fabric.device):
-            score = task.evaluate(run.trainee.network, validation, device=fabric.device)[task.score]
-        run.history.append({**losses, f"validation_{task.score}": score})
-        # Not >=: of equal epochs the first is kept, so that more epochs never change a tie.
-        if run.epoch > choose_after * epochs and score > run.best_score:
-            run.best, run.best_score, run.best_epoch = cloned(run.trainee.network.state_dict()), score, run.epoch
-        if checkpoint is not None and fabric.is_global_zero:
-            _save(run, checkpoint, marks)
-        if log is not None and fabric.is_global_zero:
-            log(run.epoch, run.history[-1])
+    _check_devices(device, devices, config)
+    job = _Job(
+        network=network,
+        task=task,
+        images=images,
+        validation=validation,
+        pressure=pressure,
+        config=config,
+        epochs=epochs,
+        seed=seed,
+        checkpoint=checkpoint,
+        marks=_marks(network, task, images, validation, config, seed) | dict(identity or {}),
+        choose_after=choose_after,
+        device=device,
+        devices=devices,
+    )
+
+    def hear(epoch: int, figures: dict[str, float]) -> None:
+        if log is not None:
+            log(epoch, figures)
         if progress is not None:
-            told = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            progress(
-                f"epoch {run.epoch} of {epochs}: {told}, {task.score} {score:.3f} on validation", run.epoch / epochs
-            )
+            *losses, (_, score) = figures.items()
+            told = ", ".join(f"{name} {value:.3f}" for name, value in losses)
+            progress(f"epoch {epoch} of {epochs}: {told}, {task.score} {score:.3f} on validation", epoch / epochs)
+
+    best = _best_weights(job, hear) if devices == 1 else _best_weights_of_several(job, hear)
     # Into a fresh copy: the one that was trained may lie on another device and in another memory format.
     trained = copy.deepcopy(network)
-    trained.load_state_dict(run.best)
+    trained.load_state_dict(best)
     return trained.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be trained, on what and how: the arguments of `train`, as they cross to other processes."""
+
+    network: nn.Module
+    task: Task
+    images: Images
+    validation: Images
+    pressure: Pressure
+    config: Training
+    epochs: int
+    seed: int
+    checkpoint: Path | None
+    marks: Mapping[str, str]
+    choose_after: float
+    device: torch.device
+    devices: int
+
+
+def _check_devices(device: torch.device, devices: int, config: Training) -> None:
+    if devices == 1:
+        return
+    there = {"cuda": torch.cuda.device_count(), "cpu": os.cpu_count() or 1}.get(device.type, 1)
+    if not 1 <= devices <= there:
+        raise ConfigError(
+            f"devices: expected 1 to {there}, which is what this machine has of {device.type}, got {devices}"
+        )
+    if config.batch_size < 2 * devices:
+        raise ConfigError(
+            f"devices: expected a batch_size of {2 * devices} or more, 2 images for each of {devices}, got "
+            f"{config.batch_size}"
+        )
+
+
+def _best_weights_of_several(job: _Job, hear: Callable[[int, dict[str, float]], None]) -> dict[str, Tensor]:
+    best: dict[str, Tensor] = {}
+    for told in messages_of(partial(_share_of_training, job), job.devices):
+        if isinstance(told, bytes):
+            best = safetensors.torch.load(told)
+        else:
+            assert isinstance(told, tuple)
+            hear(*told)
+    return best
+
+
+def _share_of_training(job: _Job, tell: Tell) -> None:
+    """What one of several processes does; the first of them speaks for all."""
+    # What was sent lies in memory that all processes share; the network is copied anyway.
+    job = dataclasses.replace(job, pressure=copy.deepcopy(job.pressure))
+    fabric = _fabric(job)
+    best = _best_weights(job, lambda epoch, figures: tell((epoch, figures)) if fabric.is_global_zero else None, fabric)
+    if fabric.is_global_zero:
+        tell(safetensors.torch.save(best))
+
+
+def _best_weights(
+    job: _Job, hear: Callable[[int, dict[str, float]], None], fabric: Fabric | None = None
+) -> dict[str, Tensor]:
+    """Trains, and returns the weights of the epoch that validation liked best; `hear(epoch, figures)` after each."""
+    fabric = fabric or _fabric(job)
+    run = _begin(job, fabric)
+    if job.checkpoint is not None and job.checkpoint.exists():
+        _restore(run, job.checkpoint, job.marks)
+    wrapped = fabric.setup(run.trainee, run.optimizer, move_to_device=False)
+    while run.epoch < job.epochs and not _is_stale(run, job.config):
+        # Dropout and its like draw from torch's global generators.
+        with drawing_from(_epoch_seed(job.seed, run.epoch) + fabric.global_rank, fabric.device):
+            losses = _train_epoch(run, wrapped, job, fabric)
+        run.epoch += 1
+        # Noise that stays on in use is drawn here too: the same in every epoch, so that they are compared alike.
+        with drawing_from(_epoch_seed(job.seed, 0), fabric.device):
+            score = job.task.evaluate(run.trainee.network, job.validation, device=fabric.device)[job.task.score]
+        # Statistics of batches differ between processes; that they stop at the same epoch must not hang on it.
+        score = fabric.broadcast(score)
+        run.history.append({**losses, f"validation_{job.task.score}": score})
+        # Not >=: of equal epochs the first is kept, so that more epochs never change a tie.
+        if run.epoch > job.choose_after * job.epochs and score > run.best_score:
+            run.best, run.best_score, run.best_epoch = cloned(run.trainee.network.state_dict()), score, run.epoch
+        if job.checkpoint is not None and fabric.is_global_zero:
+            _save(run, job.checkpoint, job.marks)
+        hear(run.epoch, run.history[-1])
+    return run.best
 
 
 def _is_stale(run: _Run, config: Training) -> bool:
     return config.patience is not None and run.best_epoch > 0 and run.epoch - run.best_epoch >= config.patience
 
 
-def _fabric(precision: str, device: torch.device, devices: int) -> Fabric:
+def _fabric(job: _Job) -> Fabric:
+    precision, device, devices = job.config.precision, job.device, job.devices
     is_half = has_fast_bfloat16(device) if precision == "auto" else precision == "bfloat16"
     # It announces its precision and looks for a cluster to warn about; neither is news to the user.
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
@@ -251,16 +342,8 @@ def _fabric(precision: str, device: torch.device, devices: int) -> Fabric:
     return fabric
 
 
-def _begin(
-    network: nn.Module,
-    task: Task,
-    images: Images,
-    targets: Tensor,
-    pressure: Pressure,
-    config: Training,
-    seed: int,
-    fabric: Fabric,
-) -> _Run:
+def _begin(job: _Job, fabric: Fabric) -> _Run:
+    network, task, images, pressure, config = job.network, job.task, job.images, job.pressure, job.config
     trained = copy.deepcopy(network)
     if pressure.freezes_edge and isinstance(trained, Split):
         trained.edge.requires_grad_(False)
@@ -268,7 +351,7 @@ def _begin(
         raise ConfigError(f"{type(network).__name__}: expected parameters that require gradients, got none to train")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         example = copy.deepcopy(trained).eval()(torch.from_numpy(images.floats(slice(0, 2))))
-    criterion = task.criterion(example, targets, seed=seed)
+    criterion = task.criterion(example, task.targets(images), seed=job.seed)
     trainee = _Trainee(trained, criterion).to(fabric.device)
     if config.channels_last:
         trainee = trainee.to(memory_format=torch.channels_last)
@@ -294,18 +377,17 @@ def _begin(
 def _train_epoch(
     run: _Run,
     wrapped: Any,  # noqa: ANN401 - Fabric's own (module, optimizer)
-    task: Task,
-    images: Images,
-    targets: Tensor,
-    config: Training,
-    epochs: int,
-    seed: int,
+    job: _Job,
     fabric: Fabric,
-    checkpoint: Path | None,
 ) -> dict[str, float]:
     """Mean of the loss and of each of its terms over one pass of `task.batches`."""
-    generator = torch.Generator().manual_seed(_epoch_seed(seed, run.epoch))
-    batches = task.batches(targets, config.batch_size, generator)
+    config, epochs, checkpoint = job.config, job.epochs, job.checkpoint
+    targets = job.task.targets(job.images)
+    generator = torch.Generator().manual_seed(_epoch_seed(job.seed, run.epoch))
+    batches = job.task.batches(targets, config.batch_size, generator)
+    if fabric.global_rank:
+        # The order is that of all, what is done to the pictures is each process's own.
+        generator.manual_seed(_epoch_seed(job.seed, run.epoch) + fabric.global_rank)
     module, optimizer = wrapped
     network, pressure, device = run.trainee.network, run.pressure, fabric.device
     smoothing = config.label_smoothing if pressure.label_smoothing is None else pressure.label_smoothing
@@ -316,11 +398,12 @@ def _train_epoch(
         network.edge.eval()
     for index, whole in enumerate(batches):
         # Neighbors stay together: rows of one identity, which a metric loss compares, follow one another.
-        batch = whole.tensor_split(fabric.world_size)[fabric.global_rank]
+        is_shared = len(whole) >= 2 * fabric.world_size
+        batch = whole.tensor_split(fabric.world_size)[fabric.global_rank] if is_shared else whole
         rate = _rate(run.epoch * len(batches) + index, epochs * len(batches), config)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        pixels = _augmented(torch.from_numpy(images.pixels[batch.numpy()]), config, generator).to(device)
+        pixels = _augmented(torch.from_numpy(job.images.pixels[batch.numpy()]), config, generator).to(device)
         x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -346,6 +429,7 @@ def _train_epoch(
         optimizer.step()
         if isinstance(network, Split):
             pressure.after(network, learning_rate=rate)
+            _keep_in_step(pressure, fabric)
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value * len(batch)
         n_seen += len(batch)
@@ -353,7 +437,20 @@ def _train_epoch(
         if not bool(parameter.isfinite().all()):
             _check_finite(run, {name.removeprefix("network."): math.nan}, config, epochs, checkpoint)
     means = {name: total / n_seen for name, total in totals.items()}
+    if fabric.world_size > 1:
+        together = fabric.all_reduce(torch.tensor(list(means.values()), device=device), reduce_op="mean")
+        assert isinstance(together, Tensor)
+        means = dict(zip(means, together.tolist(), strict=True))
     return means if len(means) > 2 else {"loss": means["loss"]}
+
+
+def _keep_in_step(pressure: Pressure, fabric: Fabric) -> None:
+    """What a pressure learned by itself becomes the mean over the processes; Fabric does so for the network only."""
+    if fabric.world_size == 1:
+        return
+    for value in pressure.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(fabric.all_reduce(value, reduce_op="mean"))
 
 
 def _terms(

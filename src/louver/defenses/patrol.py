@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -282,13 +283,17 @@ class PatrolPressure(Pressure):
         self.knobs = knobs
         self.is_pruned = is_pruned
         self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)
         self.adversary = LaterAdversary(width=knobs.adversary_width, measure="relative", seed=seed)
         # In a list, since it is not for `state_dict`: the taps share the edge's weights.
         self._taps: list[nn.Module] = []
         self._example: Tensor | None = None
         self._done = 0.0
         self._ledger: tuple[Ledger, int] | None = None
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Draws the noise. Made when it is first used: one that exists does not cross to another process unharmed."""
+        return torch.Generator().manual_seed(self.seed)
 
     def before(self, split: Split, batch: Batch) -> None:
         """One step of the inverter."""
