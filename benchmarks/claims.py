@@ -59,6 +59,11 @@ def less(a: Cell, b: Cell) -> bool:
     return bool(leak(a, "ssim")["high"] < leak(b, "ssim")["low"])
 
 
+def apart(one: dict[str, float], other: dict[str, float]) -> str:
+    """ "yes" or "no" where all of the first interval lies above or below the second, else "not shown"."""
+    return "yes" if one["low"] > other["high"] else "no" if one["high"] < other["low"] else "not shown"
+
+
 def compared(a: Cell, b: Cell) -> dict[str, str]:
     """Whether `a` leaks less than `b`, attack by attack and measure by measure, on the same images."""
     rows = {(row["attack"], row["measure"]): row for row in b["leakage"]}
@@ -66,8 +71,7 @@ def compared(a: Cell, b: Cell) -> dict[str, str]:
     for row in a["leakage"]:
         other = rows.get((row["attack"], row["measure"]))
         if other is not None:
-            is_less, is_more = row["high"] < other["low"], row["low"] > other["high"]
-            found[f"{row['attack']} {row['measure']}"] = "yes" if is_less else "no" if is_more else "not shown"
+            found[f"{row['attack']} {row['measure']}"] = apart(other, row)
     return found
 
 
@@ -216,23 +220,28 @@ def patrol(cells: dict[str, Cell], shallower: str, deeper: str) -> dict[str, Any
             "leaks more without it": less(whole, without),
             "costs more without it": without["edge_macs"] > whole["edge_macs"],
         }
+    answers = {}
+    for name, cell in swept.items():
+        asked = {
+            "no more MACs than the shallower": "yes" if cell["edge_macs"] <= cells[shallower]["edge_macs"] else "no"
+        }
+        lost = {}
+        for which, other in (("shallower", shallower), ("deeper", deeper)):
+            points = lost_points(cell, cells[other])
+            lost[f"points lost to the {which}"] = [round(100 * value, 2) for value in points]
+            asked[f"fewer than 3 points lost to the {which}"] = judged(points, 0.03, is_above=False)
+            asked[f"leaks less than the {which}"] = apart(leak(cells[other], "ssim"), leak(cell, "ssim"))
+        worst = next((one for one in ("no", "not shown") if one in asked.values()), "yes")
+        answers[name] = {
+            **line(cell),
+            **lost,
+            "leaks less than the deeper, by each attack": compared(cell, cells[deeper]),
+            "asked": asked,
+            "answer": worst,
+        }
     return {
         "unprotected": {name: line(cells[name]) for name in (shallower, deeper)},
-        "cells": {
-            name: {
-                **line(cell),
-                "leaks less than the shallower cut at no more MACs": less(cell, cells[shallower])
-                and cell["edge_macs"] <= cells[shallower]["edge_macs"],
-                "leaks less than the deeper cut": compared(cell, cells[deeper]),
-                "points lost to the shallower": round(100 * (utility(cells[shallower])[0] - utility(cell)[0]), 2),
-                "points lost to the deeper": round(100 * (utility(cells[deeper])[0] - utility(cell)[0]), 2),
-                "answer": less(cell, cells[shallower])
-                and less(cell, cells[deeper])
-                and cell["edge_macs"] <= cells[shallower]["edge_macs"]
-                and utility(cells[deeper])[0] - utility(cell)[0] < 0.03,
-            }
-            for name, cell in swept.items()
-        },
+        "cells": answers,
         "parts": parts,
     }
 
@@ -294,11 +303,6 @@ def hidden(cell: Cell) -> dict[str, Any]:
         and [cell["log_rank_privacy"][key] for key in ("privacy", "low", "high", "chance")],
         "identified": [probe["probe"], probe["accuracy"], probe["low"], probe["high"], probe["chance"]],
     }
-
-
-def apart(one: dict[str, float], other: dict[str, float]) -> str:
-    """ "yes" or "no" where all of the first interval lies above or below the second, else "not shown"."""
-    return "yes" if one["low"] > other["high"] else "no" if one["high"] < other["low"] else "not shown"
 
 
 def embeddings(cells: dict[str, Cell]) -> dict[str, Any]:
