@@ -3,8 +3,8 @@
 python benchmarks/wire.py
 
 Both halves run as exported graphs. Bytes are of one image a request: the feature after zstd, and as the client sends it
-with head and padding; the picture as JPEG. "Fewest bytes" are those of the
-smallest JPEG with which the network is as useful as behind the feature.
+with head and padding; the picture as JPEG of several qualities and as PNG. "Smallest" is the smallest file with which the
+network is as useful as behind the feature.
 """
 
 from __future__ import annotations
@@ -34,21 +34,28 @@ from louver.study import utility
 from louver.tables import BENCHES
 from louver.types import Images
 
-QUALITIES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
+QUALITIES = (10, 30, 50, 70, 80, 90, 95, 98, 100)
+# From here on colors keep their resolution, as everyone who asks for such a quality wants.
+WHOLE_COLORS = 98
 ENCODINGS: tuple[Encoding, ...] = ("float32", "uint8", "uint4")
 ATTACKS = {"decoder": {"epochs": 1}}  # none is run; an experiment names one
 
 
-def jpeg(pixels: np.ndarray, quality: int) -> tuple[np.ndarray, int]:
-    """What the cloud would see of (3, h, w) uint8, and how many bytes that took."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
+def coded(pixels: np.ndarray, quality: int | None) -> tuple[np.ndarray, int]:
+    """What the cloud would see of (3, h, w) uint8 as JPEG, or as PNG without a quality, and how many bytes it took."""
+    file, image = io.BytesIO(), Image.fromarray(pixels.transpose(1, 2, 0))
+    if quality is None:
+        image.save(file, "PNG", optimize=True)
+    elif quality < WHOLE_COLORS:
+        image.save(file, "JPEG", quality=quality)
+    else:
+        image.save(file, "JPEG", quality=quality, subsampling=0)
     with Image.open(io.BytesIO(file.getvalue())) as seen:
         return np.asarray(seen).transpose(2, 0, 1), file.tell()
 
 
-def as_jpeg(images: Images, quality: int) -> tuple[Images, float]:
-    found = [jpeg(one, quality) for one in images.pixels]
+def as_coded(images: Images, quality: int | None) -> tuple[Images, float]:
+    found = [coded(one, quality) for one in images.pixels]
     pixels = np.stack([seen for seen, _ in found])
     return Images(pixels=pixels, labels=images.labels, name=images.name), float(np.mean([size for _, size in found]))
 
@@ -94,7 +101,7 @@ def vehicles(folder: Path) -> dict[str, Any]:
 
 
 def measured(name: str, make: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Each encoding beside the split in torch, and the picture as JPEG beside the picture."""
+    """Each encoding beside the split in torch, and the picture as a file beside the picture."""
     home = folder / name
     home.mkdir()
     table = make(folder)
@@ -108,7 +115,7 @@ def measured(name: str, make: Callable[[Path], dict[str, Any]], folder: Path) ->
     run = load_run(home)
     test = run.roles.test
     whole = useful(run, run.halves, test)
-    figures: dict[str, Any] = {"n_images": len(test), "whole": whole, "encodings": {}, "jpeg": {}}
+    figures: dict[str, Any] = {"n_images": len(test), "whole": whole, "encodings": {}, "pictures": {}}
     for encoding in ENCODINGS:
         options = ExportOptions(encoding=encoding, min_agreement=0.5)
         bundle = export_run(home, folder / f"{name}-{encoding}", options=options, has_audit=False)
@@ -125,12 +132,13 @@ def measured(name: str, make: Callable[[Path], dict[str, Any]], folder: Path) ->
             "of float32": round(same["compressed_bytes"] / cost["float32_feature_bytes"], 4),
         }
         print(name, encoding, figures["encodings"][encoding], flush=True)
-    for quality in QUALITIES:
-        seen, size = as_jpeg(test, quality)
-        figures["jpeg"][str(quality)] = {"utility": useful(run, run.halves, seen)["mean"], "bytes": round(size, 1)}
+    for quality in (*QUALITIES, None):
+        seen, size = as_coded(test, quality)
+        name_of = "PNG" if quality is None else f"JPEG {quality}"
+        figures["pictures"][name_of] = {**useful(run, run.halves, seen), "bytes": round(size, 1)}
     for one in figures["encodings"].values():
-        enough = [size["bytes"] for size in figures["jpeg"].values() if size["utility"] >= one["utility"]]
-        one["fewest bytes of a JPEG as useful"] = min(enough, default=None)
+        enough = [(file["bytes"], kind) for kind, file in figures["pictures"].items() if file["mean"] >= one["utility"]]
+        one["smallest picture as useful"] = min(enough, default=None)
     return figures
 
 
