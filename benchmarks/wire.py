@@ -2,9 +2,9 @@
 
 python benchmarks/wire.py
 
-Both halves run as exported graphs. Bytes are of one image a request: the feature after zstd, and as the client sends it
-with head and padding; the picture as JPEG of several qualities and as PNG. "Smallest" is the smallest file with which the
-network is as useful as behind the feature.
+Both halves run as exported graphs. Bytes are of one image a request: the feature after zstd, and as the client sends
+it with head and padding; the picture as JPEG of several qualities and as PNG. The smallest picture as useful is the
+file of fewest bytes with which the network is as useful as behind the feature.
 """
 
 from __future__ import annotations

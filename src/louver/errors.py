@@ -13,6 +13,7 @@
     │   ├── CloudAwayError     not reached, too slow or too busy: the same request may be answered later
     │   ├── CloudRefusedError  it said no, or is not the one that it claims to be: mend what the message names
     │   └── AnswerError        it sent what is no answer (wrong shape, NaN, garbage): none of it was used
+    ├── WorkerError        a process that shared in the work was lost: what was finished is kept, resume
     ├── BusyError          too much is under way or waiting already: let some of it end, or raise the bound
     ├── StorageError       the disk refused: what was finished is kept, free space and resume
     │   └── DamagedError       what is on it was cut short or changed since it was written
@@ -41,6 +42,7 @@ __all__ = [
     "StorageError",
     "ThreatError",
     "WeightsError",
+    "WorkerError",
     "nearest",
 ]
 
