@@ -387,7 +387,8 @@ def _print_audit(found: Audit, path: Path) -> None:
     console.print(_findings_table(found))
     for warning in found.verdict.warnings:
         console.print(f"note: {warning}", markup=False, highlight=False)
-    console.print(_verdict_table(found))
+    if found.verdict.checks:  # else the headline says that nothing was judged
+        console.print(_verdict_table(found))
     console.print(found.verdict.headline, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
 
@@ -501,8 +502,7 @@ def _comparison_table(found: Comparison) -> Table:
 
 
 def _verdict_table(found: Audit) -> Table:
-    title = "Verdict: " + ("passed" if found.verdict.passed else "NOT passed")
-    table = Table(title=title if found.verdict.checks else "Verdict: nothing was judged", title_justify="left")
+    table = Table(title="Verdict: " + ("passed" if found.verdict.passed else "NOT passed"), title_justify="left")
     for heading in ("threshold", "status", "reason"):
         table.add_column(heading, overflow="fold")
     for check in found.verdict.checks:
