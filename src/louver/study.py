@@ -442,7 +442,7 @@ def _better(
 ) -> tuple[str, ProbeResult]:
     """The probe that recovers most, and which pictures it learned on; an attacker would find out, too."""
     results = {
-        what: probe([TailProbe()], pictures, labels, seed=seed, device=device)[0]
+        what: probe([TailProbe(is_half=True)], pictures, labels, seed=seed, device=device)[0]
         for what, (pictures, labels) in shown.items()
     }
     best = max(results, key=lambda what: results[what].accuracy)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from louver.devices import has_fast_bfloat16
 from louver.errors import AttackError, ConfigError, DataError
 from louver.stochastic import drawing_from
 
@@ -25,7 +26,9 @@ class TailProbe:
 
     The statistics of batch normalization stay as the cloud learned them, and dropout is off. Without a cloud half, or
     where its last Linear does not make its output, a small network stands in: two convolutions for (n, c, h, w), a
-    hidden layer for all else, both on standardized channels. For reconstructions give no cloud: they are pictures.
+    hidden layer for all else, both on standardized channels. For reconstructions give no cloud: they are pictures, and
+    with `is_half` are learned from in bfloat16 where that is fast, which tells their 256 levels apart. It would not see
+    what is hidden in the last digits of features.
 
     Raises:
         ConfigError: a knob outside its range.
@@ -40,6 +43,7 @@ class TailProbe:
     epochs: int = 15
     batch_size: int = 64
     learning_rate: float = 1e-3
+    is_half: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or not self.learning_rate > 0:
@@ -90,6 +94,7 @@ class TailProbe:
             learning_rate=self.learning_rate,
             seed=seed,
             device=device,
+            is_half=self.is_half,
             after_epoch=judge,
         )
         tail.load_state_dict(state)
@@ -187,11 +192,12 @@ def train_tail(
     seed: int,
     device: torch.device | str,
     learns_statistics: bool = False,
+    is_half: bool = False,
     after_epoch: Callable[[], None] | None = None,
 ) -> None:
     """Train `tail` in place by Adam under a one-cycle schedule, calling `after_epoch`; it ends in evaluation mode.
 
-    `learns_statistics` puts batch normalization and dropout in training mode, for a tail that starts from nothing.
+    `is_half` computes in bfloat16 where that is fast, with weights in float32. `learns_statistics` puts batch normalization and dropout in training mode, for a tail that starts from nothing.
 
     Raises:
         AttackError: the loss became NaN or infinite.
@@ -200,12 +206,16 @@ def train_tail(
     optimizer = torch.optim.Adam(tail.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=epochs * n_steps)
     shuffle = torch.Generator().manual_seed(seed)
+    kind = torch.device(device).type
+    halved = torch.autocast(kind, torch.bfloat16, enabled=is_half and has_fast_bfloat16(torch.device(device)))
     with torch.enable_grad(), drawing_from(seed):
         for epoch in range(epochs):
             tail.train(learns_statistics)
             # Even parts of batch_size or more: a rest of one row would have no statistics.
             for rows in torch.randperm(len(x), generator=shuffle).tensor_split(n_steps):
-                loss = F.cross_entropy(tail(x[rows].to(device)), y[rows].to(device))
+                with halved:
+                    scores = tail(x[rows].to(device))
+                loss = F.cross_entropy(scores.float(), y[rows].to(device))
                 if not bool(loss.isfinite()):
                     raise AttackError(f"tail: the loss became {loss.item()} in epoch {epoch + 1}; lower learning_rate")
                 optimizer.zero_grad(set_to_none=True)
