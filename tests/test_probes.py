@@ -95,6 +95,18 @@ def test_present_label_is_found(name: str) -> None:
     assert found.seconds > 0
 
 
+def test_pictures_may_be_learned_from_in_bfloat16() -> None:
+    """One level of 255 more in one color, below noise of four, is about the least that a picture can show."""
+    rng = np.random.default_rng(4)
+    pixels, label = rng.integers(200, 205, (400, 3, 12, 16)), rng.integers(0, 3, 400)
+    pixels[np.arange(400), label] += 1
+    pictures = torch.from_numpy((pixels / 255).astype(np.float32))
+    parts = {"train": slice(0, 260), "validation": slice(260, 300), "test": slice(300, 400)}
+    shown = {role: pictures[rows] for role, rows in parts.items()}
+    found = probe([TailProbe(is_half=True)], shown, {role: label[rows] for role, rows in parts.items()})[0]
+    assert found.accuracy > 0.9
+
+
 @pytest.mark.parametrize("name", PROBES)
 def test_removed_label_falls_to_chance(name: str) -> None:
     found = probe([PROBES[name]], *world(keeps_private=False))[0]

@@ -197,7 +197,8 @@ def train_tail(
 ) -> None:
     """Train `tail` in place by Adam under a one-cycle schedule, calling `after_epoch`; it ends in evaluation mode.
 
-    `is_half` computes in bfloat16 where that is fast, with weights in float32. `learns_statistics` puts batch normalization and dropout in training mode, for a tail that starts from nothing.
+    `is_half` computes in bfloat16 where that is fast, with weights in float32. `learns_statistics` puts batch
+    normalization and dropout in training mode, for a tail that starts from nothing.
 
     Raises:
         AttackError: the loss became NaN or infinite.
