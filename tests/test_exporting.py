@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from louver.errors import BundleError, ConfigError, CutError, DataError
 from louver.experiment import load_run, run_experiment
 from louver.exporting import ExportOptions, _scales, audit_bundle, export_run
 from louver.graphs import given_noise, to_onnx
+from louver.signing import SIGNATURE
 from louver.stochastic import Noise, RandomMask, Stochastic, drawing_from, silenced
 from toys import SHAPE, Wide
 
@@ -190,6 +192,26 @@ def test_what_is_audited_is_what_is_sent(bundle: Path, tmp_path: Path) -> None:
     assert bool(torch.autograd.grad(smooth.sum(), images)[0].any())
     with torch.no_grad():
         assert float((smooth - halves.edge(images)).abs().max()) <= float(halves.edge.quantize.step.max()) * 1.01
+
+
+@pytest.mark.parametrize("file", ["config.toml", "scales.safetensors"])
+def test_an_audit_of_what_was_changed_since_is_refused_and_vouches_for_nothing(
+    bundle: Path, tmp_path: Path, file: str
+) -> None:
+    shutil.copytree(bundle, folder := tmp_path / "bundle")
+    (folder / SIGNATURE).write_text("signed")
+    path = folder / "audit" / file
+    content = path.read_bytes()
+    path.write_bytes(
+        content.replace(b"\nseed = 3\n", b"\nseed = 4\n") if file == "config.toml" else content[:-1] + b"@"
+    )
+    assert path.read_bytes() != content
+    manifest = (folder / "manifest.json").read_bytes()
+    with pytest.raises(BundleError, match=f"{file} was changed since it was exported"):
+        audit_bundle(folder, tmp_path / "out")
+    assert (folder / "manifest.json").read_bytes() == manifest
+    assert (folder / SIGNATURE).read_text() == "signed"
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_edge_with_noise_takes_it_from_outside_and_is_audited_with_it(noisy: Path, tmp_path: Path) -> None:

@@ -19,7 +19,18 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from louver.bundle import CLOUD, EDGE, HEAD, Bundle, Encoding, Serving, file_hash, read_bundle, write_manifest
+from louver.bundle import (
+    CLOUD,
+    EDGE,
+    HEAD,
+    Bundle,
+    Encoding,
+    Serving,
+    check_kept,
+    file_hash,
+    read_bundle,
+    write_manifest,
+)
 from louver.card import write_card
 from louver.cut import Split
 from louver.deployed import Session, deployed, drawn
@@ -130,6 +141,8 @@ def audit_bundle(
         LouverError: whatever the audit refuses; the manifest stays as it was.
     """
     bundle = read_bundle(folder, needs=(EDGE, CLOUD))
+    # Before anything is read from there: the new hashes would vouch for what somebody changed.
+    check_kept(bundle)
     if not (folder / ORIGIN).is_dir():
         raise BundleError(
             f"expected a folder {ORIGIN!r} in {folder}, got none; audit the bundle as it was exported, and "
