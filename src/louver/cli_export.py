@@ -35,7 +35,8 @@ def export(
         Path | None, typer.Option(help="Also add the cloud half to this model repository of Triton.")
     ] = None,
     min_agreement: Annotated[
-        float, typer.Option(help="Share of test images that must be answered as the split answers them.")
+        float,
+        typer.Option(help="Share of test images that must be answered as the split answers them, or mean cosine."),
     ] = 0.995,
     calibration_images: Annotated[int, typer.Option(help="Auxiliary images to find scales on.")] = 512,
     audited: Annotated[
@@ -137,8 +138,8 @@ def _print_bundle(bundle: Any, *, as_json: bool) -> None:  # noqa: ANN401 - louv
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"bundle {bundle.name}, id {bundle.id}, in {bundle.folder}", markup=False)
     console.print(
-        f"{same['measure']} as the split: {same['agreement']:.2%} of {same['images']} test images; features off by "
-        f"{same['relative_feature_error']:.2g} of their size",
+        f"{same['measure']} beside the split, on {same['images']} test images: {same['agreement']:.2%}; features off "
+        f"by {same['relative_feature_error']:.2g} of their size",
         markup=False,
     )
     console.print(
