@@ -45,6 +45,10 @@ def run(
     cert: Annotated[Path | None, typer.Option(help="This device's certificate (PEM).")] = None,
     key: Annotated[Path | None, typer.Option(help="The private key of --cert (PEM).")] = None,
     maker_key: Annotated[Path | None, typer.Option(help="Public key (PEM) by which the bundle must be signed.")] = None,
+    maker_identity: Annotated[
+        str | None, typer.Option(help="Who must have signed the bundle, for a keyless signature.")
+    ] = None,
+    maker_issuer: Annotated[str | None, typer.Option(help="Address of who vouches for --maker-identity.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="The server is Triton.")] = False,
     allow_plain_http: Annotated[
         bool, typer.Option("--allow-plain-http", help="Send over plain HTTP to another machine; anyone may read along.")
@@ -74,6 +78,8 @@ def run(
         cert=cert,
         key=key,
         maker_key=maker_key,
+        maker_identity=maker_identity,
+        maker_issuer=maker_issuer,
         is_triton=triton,
         compression="gzip" if triton else "zstd",
         allow_plain_http=allow_plain_http,

@@ -99,9 +99,9 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check that BUNDLE is signed by its maker and that no byte was changed since."""
-    from louver.signing import verify_bundle
+    from louver.signing import Maker, verify_bundle
 
-    found = verify_bundle(bundle, key=key, identity=identity, issuer=issuer)
+    found = verify_bundle(bundle, Maker(key=key, identity=identity, issuer=issuer))
     if as_json:
         print(json.dumps({"name": found.name, "id": found.id, "verified": True}))
     else:

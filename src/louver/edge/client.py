@@ -112,12 +112,13 @@ class Edge:
             raise ConfigError(f"policy: got {policy!r}; {nearest(str(policy), list(get_args(Policy)))}")
         settings = settings or Settings()
         folder = bundle.folder if isinstance(bundle, Bundle) else bundle
-        if settings.maker_key is None:
+        maker = settings.maker
+        if maker is None:
             found = read_bundle(folder)
         else:
             from louver.signing import verify_bundle
 
-            found = verify_bundle(Path(folder), key=settings.maker_key)
+            found = verify_bundle(Path(folder), maker)
         if isinstance(bundle, Bundle) and found.id != bundle.id:
             raise BundleError(f"{folder}: expected bundle {bundle.id}, got {found.id}; read it again")
         self.bundle, self.policy, self.settings = found, policy, settings
