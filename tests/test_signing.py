@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,17 @@ def test_a_signed_bundle_is_known_by_its_makers_key_alone(tmp_path: Path, bundle
         verify_bundle(bundle, Maker(key=other))
     (bundle / CLOUD).unlink()
     assert verify_bundle(bundle, Maker(key=public)).id, "a device needs no cloud half"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_who_may_read_the_bundle_may_read_its_signature(tmp_path: Path, bundle: Path, umask: int, mode: int) -> None:
+    private, _ = key_pair(tmp_path, "maker")
+    before = os.umask(umask)
+    try:
+        path = sign_bundle(bundle, key=private)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 @pytest.mark.parametrize("file", [EDGE, CLOUD, "CARD.md", "manifest.json", SIGNATURE])

@@ -7,7 +7,6 @@ Sigstore knows, which needs a network.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from louver.bundle import MANIFEST, Bundle, check_kept, read_bundle
 from louver.errors import BundleError, ConfigError, MissingExtraError
+from louver.storage import write_bytes
 
 __all__ = ["SIGNATURE", "Maker", "sign_bundle", "verify_bundle"]
 
@@ -56,9 +56,6 @@ def sign_bundle(
     except ImportError as error:
         raise _missing() from error
     config = signing.Config()  # type: ignore[no-untyped-call]
-    # Beside its place and then renamed: a signature cut short would be taken for a wrong one.
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{SIGNATURE}.")
-    os.close(descriptor)
     try:
         if key is not None:
             if not key.is_file():
@@ -68,8 +65,10 @@ def sign_bundle(
             config.use_elliptic_key_signer(private_key=key, password=secret)
         else:
             config.use_sigstore_signer(identity_token=identity_token, use_ambient_credentials=identity_token is None)
-        config.sign(bundle.folder / MANIFEST, Path(name))
-        return Path(name).replace(folder / SIGNATURE)
+        # Elsewhere, and then written whole: a signature cut short would be taken for a wrong one.
+        with tempfile.TemporaryDirectory() as there:
+            config.sign(bundle.folder / MANIFEST, Path(there) / SIGNATURE)
+            content = (Path(there) / SIGNATURE).read_bytes()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"cannot sign with {key or 'this identity'}: {error}") from error
     except _keyless_errors() as error:
@@ -79,8 +78,7 @@ def sign_bundle(
             f"cannot sign without a key ({_told(error)}): that needs a network on which Sigstore is reached, and a "
             "token, or a browser, that says who signs; mend that, or give a key by --key"
         ) from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+    return write_bytes(folder / SIGNATURE, content)
 
 
 def verify_bundle(folder: Path, maker: Maker) -> Bundle:
