@@ -265,6 +265,19 @@ def test_the_commands(tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixtur
     assert "either a public key" in said.err
 
 
+@pytest.mark.parametrize("option", ["--password-file", "--token-file"])
+def test_a_secret_that_is_no_text_is_refused_and_not_shown(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    private, _ = key_pair(tmp_path, "maker")
+    (tmp_path / "secret").write_bytes(b"swordfish\xff")
+    assert command(monkeypatch, "sign", bundle, "--key", private, option, tmp_path / "secret") == 2
+    said = capsys.readouterr().err
+    assert f"{option}: expected text in UTF-8" in said
+    assert "swordfish" not in said
+    assert not (bundle / SIGNATURE).exists()
+
+
 def test_device_and_server_take_only_what_the_maker_signed(tmp_path: Path, bundle: Path) -> None:
     private, public = key_pair(tmp_path, "maker")
     address = "http://127.0.0.1:9"

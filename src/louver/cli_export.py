@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from louver.console import AsJson, Device, Threads, device_named, lab, progress_shown, set_threads
+from louver.errors import ConfigError
 
 __all__ = ["export", "print_service", "sign", "verify"]
 
@@ -86,8 +87,8 @@ def sign(
     """Sign BUNDLE, so that devices and servers can tell that no byte was changed since."""
     from louver.signing import sign_bundle
 
-    password = None if password_file is None else password_file.read_text(encoding="utf-8").rstrip("\r\n")
-    token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
+    password = None if password_file is None else _text(password_file, "--password-file").rstrip("\r\n")
+    token = None if token_file is None else _text(token_file, "--token-file").strip()
     print(sign_bundle(bundle, key=key, password=password, identity_token=token))
 
 
@@ -106,6 +107,14 @@ def verify(
         print(json.dumps({"name": found.name, "id": found.id, "verified": True}))
     else:
         print(f"bundle {found.name}, id {found.id}: signed, and unchanged")
+
+
+def _text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        # Without its cause, which holds the secret.
+        raise ConfigError(f"{option}: expected text in UTF-8 in {path}, got other bytes; name another file") from None
 
 
 def print_service(bundle: Any, service: Any) -> None:  # noqa: ANN401 - louver.bundle.Bundle, louver.loopback.Service
