@@ -41,6 +41,9 @@ def run(
         Path | None, typer.Option(help="Folder where features wait, encrypted, with --policy queue.")
     ] = None,
     queue_key: Annotated[Path | None, typer.Option(help="Its key file; QUEUE.key by default, made if missing.")] = None,
+    discard: Annotated[
+        list[str] | None, typer.Option(help="Give up the request of this id that waits in the queue. Can be repeated.")
+    ] = None,
     ca: Annotated[Path | None, typer.Option(help="The only authorities to trust (PEM), not the system's.")] = None,
     cert: Annotated[Path | None, typer.Option(help="This device's certificate (PEM).")] = None,
     key: Annotated[Path | None, typer.Option(help="The private key of --cert (PEM).")] = None,
@@ -67,8 +70,10 @@ def run(
         raise ConfigError("--server: expected the address of a server, got none; name it, or start `louver serve`")
     if not sources and policy != "queue":
         raise ConfigError("expected pictures to run on, got none; name files, a folder, or camera")
-    if (queue is not None or queue_key is not None) and policy != "queue":
-        raise ConfigError(f"--queue: expected --policy queue with it, got {policy}; give both or neither")
+    if (queue is not None or queue_key is not None or discard) and policy != "queue":
+        raise ConfigError(
+            f"--queue, --queue-key and --discard: expected --policy queue with it, got {policy}; give both or neither"
+        )
     settings = Settings(
         threads=threads,
         connect_timeout_s=connect_timeout,
@@ -89,6 +94,7 @@ def run(
     opened = Edge(bundle, server=server, token=_token(token_file), policy=cast("Policy", policy), settings=settings)
     with opened as edge:
         try:
+            _give_up(edge, discard or [])
             _work(edge, sources or [], batch=batch, as_json=as_json)
         except KeyboardInterrupt:
             edge.close()  # first: what is under way may still have to be kept
@@ -122,6 +128,14 @@ def _work(edge: Edge, sources: list[str], *, batch: int, as_json: bool) -> None:
     _flush(edge, as_json=as_json)
     if edge.n_waiting:
         _tell(f"note: {edge.n_waiting} requests wait for the cloud; run the same command without pictures to send them")
+
+
+def _give_up(edge: Edge, request_ids: list[str]) -> None:
+    for request_id in request_ids:
+        if edge.discard(request_id):
+            _tell(f"note: gave up request {request_id}: its feature is deleted, and no answer will come")
+        else:  # no error: the same command line may be run again
+            _tell(f"note: no request {request_id} waits in the queue; nothing was given up for it")
 
 
 def _flush(edge: Edge, *, as_json: bool) -> None:

@@ -159,7 +159,7 @@ def test_what_the_cloud_refuses_is_kept_until_its_owner_gives_it_up(
         cloud.always = status(503)
         waiting = [edge.infer(pictures(seed=i)).request_id for i in range(3)]
         cloud.always = trouble
-        with pytest.raises(error):
+        with pytest.raises(error, match=f"--discard {waiting[0]}"):
             edge.flush(lambda one: late.append(one.request_id))
         assert edge.n_waiting == 3
         cloud.always = answer

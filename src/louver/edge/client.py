@@ -23,7 +23,17 @@ from louver.edge.half import EdgeHalf, HeadHalf, checked_images
 from louver.edge.settings import Policy, Settings
 from louver.edge.transport import Transport
 from louver.edge.wire import Request, request_of
-from louver.errors import BundleError, BusyError, CloudAwayError, ConfigError, DamagedError, LouverError, nearest
+from louver.errors import (
+    AnswerError,
+    BundleError,
+    BusyError,
+    CloudAwayError,
+    CloudRefusedError,
+    ConfigError,
+    DamagedError,
+    LouverError,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from louver.edge.outbox import Outbox
@@ -242,6 +252,11 @@ class Edge:
                 except CloudAwayError as error:
                     _log.info("what waits is kept: %s", error)
                     break
+                except (CloudRefusedError, AnswerError) as error:
+                    raise type(error)(
+                        f"{error}; request {request.id} waits before all others and is kept: mend that, or give the "
+                        f"request up by --discard {request.id} (in Python: edge.discard)"
+                    ) from error
                 sink(Delivery(request_id=request.id, scores=scores, labels=self._labels(scores)))
                 outbox.remove(place)
                 n_delivered += 1
