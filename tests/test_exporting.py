@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from louver.errors import BundleError, ConfigError, CutError, DataError
 from louver.experiment import load_run, run_experiment
 from louver.exporting import ExportOptions, _scales, audit_bundle, export_run
 from louver.graphs import given_noise, to_onnx
+from louver.signing import SIGNATURE
 from louver.stochastic import Noise, RandomMask, Stochastic, drawing_from, silenced
 from toys import SHAPE, Wide
 
@@ -192,6 +194,26 @@ def test_what_is_audited_is_what_is_sent(bundle: Path, tmp_path: Path) -> None:
         assert float((smooth - halves.edge(images)).abs().max()) <= float(halves.edge.quantize.step.max()) * 1.01
 
 
+@pytest.mark.parametrize("file", ["config.toml", "scales.safetensors"])
+def test_an_audit_of_what_was_changed_since_is_refused_and_vouches_for_nothing(
+    bundle: Path, tmp_path: Path, file: str
+) -> None:
+    shutil.copytree(bundle, folder := tmp_path / "bundle")
+    (folder / SIGNATURE).write_text("signed")
+    path = folder / "audit" / file
+    content = path.read_bytes()
+    path.write_bytes(
+        content.replace(b"\nseed = 3\n", b"\nseed = 4\n") if file == "config.toml" else content[:-1] + b"@"
+    )
+    assert path.read_bytes() != content
+    manifest = (folder / "manifest.json").read_bytes()
+    with pytest.raises(BundleError, match=f"{file} was changed since it was exported"):
+        audit_bundle(folder, tmp_path / "out")
+    assert (folder / "manifest.json").read_bytes() == manifest
+    assert (folder / SIGNATURE).read_text() == "signed"
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_edge_with_noise_takes_it_from_outside_and_is_audited_with_it(noisy: Path, tmp_path: Path) -> None:
     found = export_run(noisy, tmp_path / "b")
     assert [(one.name, one.kind) for one in found.serving.noise] == [("noise_0", "normal")]
@@ -284,12 +306,77 @@ def test_an_embedding_is_compared_by_angle_and_has_no_head(run: Path, tmp_path: 
     )
     folder = made(tmp_path / "run", table)
     found = export_run(folder, tmp_path / "b", has_audit=False)
-    assert found.record["equivalence"]["measure"] == "cosine"
+    assert found.record["equivalence"]["measure"] == "mean cosine"
     assert found.record["equivalence"]["agreement"] > 0.999
     assert found.serving.labels == ()
     with pytest.raises(ConfigError, match="leave --head out"):
         export_run(folder, tmp_path / "c", options=ExportOptions(has_head=True))
     assert not (tmp_path / "c").exists()
+
+
+def swapped(rows: np.ndarray) -> np.ndarray:
+    """Scores of which the two highest of every twelfth image have changed places, from the fifth on."""
+    best, second = np.argsort(rows[4::12], axis=1)[:, :-3:-1].T
+    at = np.arange(4, len(rows), 12)
+    rows = rows.copy()
+    rows[at, best], rows[at, second] = rows[at, second], rows[at, best]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "part", "what"),
+    [
+        (
+            {"n_classes": 14},
+            {"task": {"kind": "attributes", "columns": {"body": 6, "color": 8}}},
+            slice(6, 14),
+            "equal answers for color",
+        ),
+        ({}, {}, slice(None), "equal answers"),
+    ],
+    ids=["attributes", "no label"],
+)
+def test_answers_that_only_point_the_same_way_are_not_equal(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict, changes: dict, part: slice, what: str
+) -> None:
+    table = trained(run, data=DATA, audit=SMALL["audit"] | {"cuts": ["stage2"]}, **changes)
+    if model:
+        table |= {"model": SMALL["model"] | model, "training": SMALL["training"]}
+    table["attacks"] = {"decoder": SMALL["attacks"]["decoder"]}
+    folder = made(tmp_path / "run", table)
+    found = export_run(folder, tmp_path / "b", has_audit=False)
+    assert what in found.record["equivalence"]["agreements"]
+    card = (tmp_path / "b" / "CARD.md").read_text()
+    assert f"{what} 100.00%" in card
+    assert f"become {model.get('n_classes', 6)} scores" in card
+
+    genuine = Session.run
+
+    def slightly_off(self: Session, inputs: dict) -> np.ndarray:
+        rows = genuine(self, inputs)
+        if rows.ndim == 2:
+            rows = rows.copy()
+            rows[:, part] = swapped(rows[:, part])
+        return rows
+
+    monkeypatch.setattr(Session, "run", slightly_off)
+    with pytest.raises(BundleError, match=rf"expected {what} of 99\.50% .* on 40 test images, got 92\.50%"):
+        export_run(folder, tmp_path / "c", has_audit=False)
+    options = ExportOptions(min_agreement=0.9)
+    same = export_run(folder, tmp_path / "c", options=options, has_audit=False).record["equivalence"]
+    assert (same["measure"], same["agreement"]) == (what, pytest.approx(0.925))
+    if model:
+        assert same["agreements"]["equal answers for body"] == 1
+
+
+def test_a_network_that_answers_with_one_number_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_run(run, cut="stage2")
+    whole.halves.cloud = nn.Sequential(whole.halves.cloud, nn.Linear(6, 1)).eval()
+    monkeypatch.setattr("louver.exporting.load_run", lambda *_, **__: whole)
+    with pytest.raises(CutError, match=r"two numbers or more an image, got \(2, 1\)"):
+        export_run(run, tmp_path / "b", has_audit=False)
 
 
 def test_a_head_needs_pictures_to_learn_from(run: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Serving:
     """What both halves must agree on. Shapes are of one image; each tensor has a batch dimension before them.
 
     `feature_shape` is that of the tensor on the wire: with "uint4" the last dimension of the feature is flattened with
-    the others and halved. `labels` are the names of the scores, empty for an embedding.
+    the others and halved. `labels` are the names of the scores of a classification, empty for any other answer.
     """
 
     cut: str

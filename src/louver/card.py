@@ -39,7 +39,8 @@ def card(bundle: Bundle) -> str:
 
 def _does(bundle: Bundle) -> str:
     serving, record = bundle.serving, bundle.record
-    answer = f"{serving.output_shape[0]} scores" if serving.labels else f"an embedding of {serving.output_shape[0]}"
+    n_outputs = serving.output_shape[0]
+    answer = f"an embedding of {n_outputs}" if record.get("task") == "ReIdentification" else f"{n_outputs} scores"
     cost = record.get("cost", {})
     lines = [
         f"`edge.onnx` runs on the device: pictures of {_shape(serving.image_shape)}, float32 in [0,1], become "
@@ -62,10 +63,13 @@ def _measured(bundle: Bundle) -> str:
     lines = []
     same = record.get("equivalence")
     if same:
-        kind = "mean cosine to the split's answers" if same["measure"] == "cosine" else "same answers as the split"
+        agreements: Mapping[str, float] = same.get("agreements", {same["measure"]: same["agreement"]})
+        shown = ", ".join(f"{what} {share:.2%}" for what, share in agreements.items())
+        compared = "embeddings by their angle" if record.get("task") == "ReIdentification" else "the highest score"
         lines.append(
-            f"- Of {same['images']} test pictures: {kind} {same['agreement']:.2%}; relative error of features "
-            f"{same['relative_feature_error']:.2g}; {same['compressed_bytes']:,.0f} bytes a picture after zstd."
+            f"- Compared with the split on {same['images']} test pictures ({compared}): {shown}; relative error "
+            f"of features {same['relative_feature_error']:.2g}; {same['compressed_bytes']:,.0f} bytes a picture after "
+            "zstd."
         )
     for what, figures in record.get("utility", {}).items():
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

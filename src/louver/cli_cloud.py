@@ -62,6 +62,10 @@ def serve(
     maker_key: Annotated[
         Path | None, typer.Option(help="Public key (PEM) by which every bundle must be signed.")
     ] = None,
+    maker_identity: Annotated[
+        str | None, typer.Option(help="Who must have signed every bundle, for keyless signatures.")
+    ] = None,
+    maker_issuer: Annotated[str | None, typer.Option(help="Address of who vouches for --maker-identity.")] = None,
     insecure_public: Annotated[
         bool, typer.Option("--insecure-public", help="Listen beyond this machine even without TLS or tokens.")
     ] = False,
@@ -116,6 +120,7 @@ def serve(
         from louver.cloud import Batching, Limits, Listening, Repository, Settings, Started, create_app
         from louver.cloud import serve as serve_app
         from louver.cloud.traces import traces_from_environment
+        from louver.signing import Maker
     _log_lines()
     listening = Listening(
         host=host,
@@ -143,12 +148,16 @@ def serve(
     if threads is not None:
         batching = Batching(**{**vars(batching), "threads": threads})
     settings = Settings(limits=limits, tokens=tokens, budgets=budgets)
+    maker = None
+    if (maker_key, maker_identity, maker_issuer) != (None, None, None):
+        maker = Maker(key=maker_key, identity=maker_identity, issuer=maker_issuer)
     if engine is Engine.ray:
         from louver.cloud.ray_engine import Scaling, serve_on_ray
 
-        if maker_key is not None:
+        if maker is not None:
             raise ConfigError(
-                "--maker-key is for the local engine; check the bundles by `louver verify` before Ray gets them"
+                "--maker-key and --maker-identity are for the local engine; check the bundles by `louver verify` "
+                "before Ray gets them"
             )
         if traces:
             raise ConfigError("--traces is for the local engine; leave it out")
@@ -171,7 +180,7 @@ def serve(
         )
         return
     spans = traces_from_environment() if traces else None
-    repository = Repository(paths, batching=batching, keep_s=keep_s, maker_key=maker_key)
+    repository = Repository(paths, batching=batching, keep_s=keep_s, maker=maker)
     app = create_app(repository, settings, traces=spans)
 
     def tell(found: Addresses) -> None:

@@ -41,10 +41,17 @@ def run(
         Path | None, typer.Option(help="Folder where features wait, encrypted, with --policy queue.")
     ] = None,
     queue_key: Annotated[Path | None, typer.Option(help="Its key file; QUEUE.key by default, made if missing.")] = None,
+    discard: Annotated[
+        list[str] | None, typer.Option(help="Give up the request of this id that waits in the queue. Can be repeated.")
+    ] = None,
     ca: Annotated[Path | None, typer.Option(help="The only authorities to trust (PEM), not the system's.")] = None,
     cert: Annotated[Path | None, typer.Option(help="This device's certificate (PEM).")] = None,
     key: Annotated[Path | None, typer.Option(help="The private key of --cert (PEM).")] = None,
     maker_key: Annotated[Path | None, typer.Option(help="Public key (PEM) by which the bundle must be signed.")] = None,
+    maker_identity: Annotated[
+        str | None, typer.Option(help="Who must have signed the bundle, for a keyless signature.")
+    ] = None,
+    maker_issuer: Annotated[str | None, typer.Option(help="Address of who vouches for --maker-identity.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="The server is Triton.")] = False,
     allow_plain_http: Annotated[
         bool, typer.Option("--allow-plain-http", help="Send over plain HTTP to another machine; anyone may read along.")
@@ -63,8 +70,10 @@ def run(
         raise ConfigError("--server: expected the address of a server, got none; name it, or start `louver serve`")
     if not sources and policy != "queue":
         raise ConfigError("expected pictures to run on, got none; name files, a folder, or camera")
-    if (queue is not None or queue_key is not None) and policy != "queue":
-        raise ConfigError(f"--queue: expected --policy queue with it, got {policy}; give both or neither")
+    if (queue is not None or queue_key is not None or discard) and policy != "queue":
+        raise ConfigError(
+            f"--queue, --queue-key and --discard: expected --policy queue with it, got {policy}; give both or neither"
+        )
     settings = Settings(
         threads=threads,
         connect_timeout_s=connect_timeout,
@@ -74,6 +83,8 @@ def run(
         cert=cert,
         key=key,
         maker_key=maker_key,
+        maker_identity=maker_identity,
+        maker_issuer=maker_issuer,
         is_triton=triton,
         compression="gzip" if triton else "zstd",
         allow_plain_http=allow_plain_http,
@@ -83,6 +94,7 @@ def run(
     opened = Edge(bundle, server=server, token=_token(token_file), policy=cast("Policy", policy), settings=settings)
     with opened as edge:
         try:
+            _give_up(edge, discard or [])
             _work(edge, sources or [], batch=batch, as_json=as_json)
         except KeyboardInterrupt:
             edge.close()  # first: what is under way may still have to be kept
@@ -116,6 +128,14 @@ def _work(edge: Edge, sources: list[str], *, batch: int, as_json: bool) -> None:
     _flush(edge, as_json=as_json)
     if edge.n_waiting:
         _tell(f"note: {edge.n_waiting} requests wait for the cloud; run the same command without pictures to send them")
+
+
+def _give_up(edge: Edge, request_ids: list[str]) -> None:
+    for request_id in request_ids:
+        if edge.discard(request_id):
+            _tell(f"note: gave up request {request_id}: its feature is deleted, and no answer will come")
+        else:  # no error: the same command line may be run again
+            _tell(f"note: no request {request_id} waits in the queue; nothing was given up for it")
 
 
 def _flush(edge: Edge, *, as_json: bool) -> None:

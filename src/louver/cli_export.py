@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from louver.console import AsJson, Device, Threads, device_named, lab, progress_shown, set_threads
+from louver.errors import ConfigError
 
 __all__ = ["export", "print_service", "sign", "verify"]
 
@@ -35,7 +36,8 @@ def export(
         Path | None, typer.Option(help="Also add the cloud half to this model repository of Triton.")
     ] = None,
     min_agreement: Annotated[
-        float, typer.Option(help="Share of test images that must be answered as the split answers them.")
+        float,
+        typer.Option(help="Share of test images that must be answered as the split answers them, or mean cosine."),
     ] = 0.995,
     calibration_images: Annotated[int, typer.Option(help="Auxiliary images to find scales on.")] = 512,
     audited: Annotated[
@@ -85,8 +87,8 @@ def sign(
     """Sign BUNDLE, so that devices and servers can tell that no byte was changed since."""
     from louver.signing import sign_bundle
 
-    password = None if password_file is None else password_file.read_text(encoding="utf-8").rstrip("\r\n")
-    token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
+    password = None if password_file is None else _text(password_file, "--password-file").rstrip("\r\n")
+    token = None if token_file is None else _text(token_file, "--token-file").strip()
     print(sign_bundle(bundle, key=key, password=password, identity_token=token))
 
 
@@ -98,13 +100,21 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check that BUNDLE is signed by its maker and that no byte was changed since."""
-    from louver.signing import verify_bundle
+    from louver.signing import Maker, verify_bundle
 
-    found = verify_bundle(bundle, key=key, identity=identity, issuer=issuer)
+    found = verify_bundle(bundle, Maker(key=key, identity=identity, issuer=issuer))
     if as_json:
         print(json.dumps({"name": found.name, "id": found.id, "verified": True}))
     else:
         print(f"bundle {found.name}, id {found.id}: signed, and unchanged")
+
+
+def _text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        # Without its cause, which holds the secret.
+        raise ConfigError(f"{option}: expected text in UTF-8 in {path}, got other bytes; name another file") from None
 
 
 def print_service(bundle: Any, service: Any) -> None:  # noqa: ANN401 - louver.bundle.Bundle, louver.loopback.Service
@@ -137,8 +147,8 @@ def _print_bundle(bundle: Any, *, as_json: bool) -> None:  # noqa: ANN401 - louv
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"bundle {bundle.name}, id {bundle.id}, in {bundle.folder}", markup=False)
     console.print(
-        f"{same['measure']} as the split: {same['agreement']:.2%} of {same['images']} test images; features off by "
-        f"{same['relative_feature_error']:.2g} of their size",
+        f"{same['measure']} beside the split, on {same['images']} test images: {same['agreement']:.2%}; features off "
+        f"by {same['relative_feature_error']:.2g} of their size",
         markup=False,
     )
     console.print(

@@ -19,7 +19,18 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from louver.bundle import CLOUD, EDGE, HEAD, Bundle, Encoding, Serving, file_hash, read_bundle, write_manifest
+from louver.bundle import (
+    CLOUD,
+    EDGE,
+    HEAD,
+    Bundle,
+    Encoding,
+    Serving,
+    check_kept,
+    file_hash,
+    read_bundle,
+    write_manifest,
+)
 from louver.card import write_card
 from louver.cut import Split
 from louver.deployed import Session, deployed, drawn
@@ -32,7 +43,7 @@ from louver.quantizing import Dequantize, Quantize, fit_quantization
 from louver.signing import SIGNATURE
 from louver.stochastic import drawing_from
 from louver.storage import refusals, write_bytes
-from louver.tasks import Classification, Task
+from louver.tasks import Attributes, Classification, ReIdentification, Task
 from louver.types import Audit, Images, Progress
 
 __all__ = ["ExportOptions", "audit_bundle", "export_run"]
@@ -53,9 +64,9 @@ class ExportOptions:
 
     encoding: how features are sent. edge_weights: "int8" quantizes the edge's convolutions and matrices, too.
     has_head: also train a small network that answers on the device while the cloud is away. has_executorch: also write
-    the edge as an ExecuTorch program (edge.pte), for one image at a time. calibration_images: of the
-    auxiliary ones, to find scales on. min_agreement: the share of test images whose answers must be those of the split
-    in torch (for an embedding: the mean cosine); below it nothing is exported.
+    the edge as an ExecuTorch program (edge.pte), for one image at a time. calibration_images: of the auxiliary ones, to
+    find scales on. min_agreement: the share of test images whose highest score must be where the split in torch has it,
+    in each attribute (for re-identification: the mean cosine); below it nothing is exported.
 
     Raises:
         ConfigError: a value out of range.
@@ -97,7 +108,8 @@ def export_run(
 
     Raises:
         ConfigError: no finished run, a folder that is in use, or a task that has no head.
-        CutError: a half that cannot be written as ONNX, or that answers with anything but one row of numbers an image.
+        CutError: a half that cannot be written as ONNX, or that answers with anything but one row of two numbers or
+            more an image.
         BundleError: the graphs do not answer as the split does; the message says how far they are.
         LouverError: whatever the audit refuses.
     """
@@ -130,6 +142,8 @@ def audit_bundle(
         LouverError: whatever the audit refuses; the manifest stays as it was.
     """
     bundle = read_bundle(folder, needs=(EDGE, CLOUD))
+    # Before anything is read from there: the new hashes would vouch for what somebody changed.
+    check_kept(bundle)
     if not (folder / ORIGIN).is_dir():
         raise BundleError(
             f"expected a folder {ORIGIN!r} in {folder}, got none; audit the bundle as it was exported, and "
@@ -229,9 +243,10 @@ def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOp
         sent = sending(example, *noise.values())
         reading = halves.cloud if dequantize is None else nn.Sequential(dequantize, halves.cloud)
         answer = reading.eval()(sent)
-    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(example):
+    # Of a single number nobody could say how near is near enough.
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(example) or answer.shape[1] < 2:
         raise CutError(
-            "expected a network that answers with one row of numbers an image, got "
+            "expected a network that answers with one row of two numbers or more an image, got "
             f"{tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__}; wrap it so that it does"
         )
     graphs = {EDGE: graph, CLOUD: to_onnx(reading, {"feature": sent}, "scores")}
@@ -256,7 +271,7 @@ def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOp
     )
     tell("comparing with the split", 0.22)
     network = _Bundled(graphs, serving)
-    same = _equivalence(halves, edge, network, dequantize, roles.test, options, is_embedding=not serving.labels)
+    same = _equivalence(halves, edge, network, dequantize, roles.test, options, run.task)
     record = _record(run, serving, options, same, network, len(calibration))
     _keep_origin(run, run_folder, made / ORIGIN, quantize)
     return _sealed(made, name, serving, record)
@@ -377,15 +392,15 @@ def _equivalence(
     dequantize: Dequantize | None,
     images: Images,
     options: ExportOptions,
-    *,
-    is_embedding: bool,
+    task: Task | None,
 ) -> dict[str, Any]:
     """How far the graphs are from the split on test images, under the same noise.
 
     Raises:
         BundleError: too far.
     """
-    alike, off, whole, sizes = list[Tensor](), 0.0, 0.0, list[int]()
+    alike: dict[str, list[Tensor]] = {}
+    off, whole, sizes = 0.0, 0.0, list[int]()
     compressor = zstandard.ZstdCompressor(level=1)
     with torch.no_grad(), drawing_from(options.seed + 1):
         for part in _batches(images.take(slice(0, 1000))):
@@ -398,29 +413,46 @@ def _equivalence(
             off += float((arrived - features).square().sum())
             whole += float(features.square().sum())
             sizes += [len(compressor.compress(row.tobytes())) for row in sent]
-            if is_embedding:
-                alike.append(nn.functional.cosine_similarity(expected, got))
-            else:
-                alike.append((expected.argmax(1) == got.argmax(1)).float())
-    agreement = float(torch.cat(alike).mean())
+            for what, rows in _alike(task, expected, got).items():
+                alike.setdefault(what, []).append(rows)
+    agreements = {what: float(torch.cat(rows).mean()) for what, rows in alike.items()}
+    worst = min(agreements, key=agreements.__getitem__)
     error = (off / whole) ** 0.5 if whole else 0.0
-    if not agreement >= options.min_agreement:
-        what = "the mean cosine of answers" if is_embedding else "the share of equal answers"
+    if not agreements[worst] >= options.min_agreement:
         raise BundleError(
-            f"the exported halves do not answer as the split does: expected {what} of {options.min_agreement:.2%} or "
-            f"more on {len(torch.cat(alike))} test images, got {agreement:.2%} (features off by "
+            f"the exported halves do not answer as the split does: expected {worst} of {options.min_agreement:.2%} or "
+            f"more on {len(sizes)} test images, got {agreements[worst]:.2%} (features off by "
             f"{error:.2g} of their size); send more bits (--encoding uint8 or float32), keep float32 weights, "
             "or accept it by --min-agreement"
         )
     return {
-        "images": len(torch.cat(alike)),
-        "measure": "cosine" if is_embedding else "equal answers",
-        "agreement": agreement,
+        "images": len(sizes),
+        "measure": worst,
+        "agreement": agreements[worst],
+        "agreements": agreements,
         "min_agreement": options.min_agreement,
         "relative_feature_error": error,
         "compressed_bytes": float(np.mean(sizes)),
         "largest_compressed_bytes": max(sizes),
     }
+
+
+def _alike(task: Task | None, expected: Tensor, got: Tensor) -> dict[str, Tensor]:
+    """What is compared, in words -> for each image how alike the two answers are, 1 at most.
+
+    Without a task an answer counts as the scores of one classification: that two answers point the same way says next
+    to nothing of which score is the highest.
+    """
+    if isinstance(task, ReIdentification):
+        return {"mean cosine": nn.functional.cosine_similarity(expected, got)}
+
+    def share(one: Tensor, other: Tensor) -> Tensor:
+        return ((one.argmax(1) == other.argmax(1)) & other.isfinite().all(1)).float()
+
+    if isinstance(task, Attributes):
+        parts = zip(task.columns, task.parted(expected), task.parted(got), strict=True)
+        return {f"equal answers for {column}": share(one, other) for column, one, other in parts}
+    return {"equal answers": share(expected, got)}
 
 
 def _record(

@@ -7,17 +7,37 @@ Sigstore knows, which needs a network.
 
 from __future__ import annotations
 
-import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from louver.bundle import MANIFEST, Bundle, check_kept, read_bundle
 from louver.errors import BundleError, ConfigError, MissingExtraError
+from louver.storage import write_bytes
 
-__all__ = ["SIGNATURE", "sign_bundle", "verify_bundle"]
+__all__ = ["SIGNATURE", "Maker", "sign_bundle", "verify_bundle"]
 
 SIGNATURE = "manifest.json.sig"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maker:
+    """Who must have signed a bundle: who holds the private half of `key`, or `identity` as `issuer` vouches for it.
+
+    Raises:
+        ConfigError: neither, both, or an identity without its issuer.
+    """
+
+    key: Path | None = None
+    identity: str | None = None
+    issuer: str | None = None
+
+    def __post_init__(self) -> None:
+        is_keyless = self.identity is not None or self.issuer is not None
+        # An empty one, as of a variable that is not set, must not pass for none.
+        if is_keyless == (self.key is not None) or (is_keyless and not (self.identity and self.issuer)):
+            raise ConfigError("expected either a public key, or an identity with its issuer, to verify by; give one")
 
 
 def sign_bundle(
@@ -36,9 +56,6 @@ def sign_bundle(
     except ImportError as error:
         raise _missing() from error
     config = signing.Config()  # type: ignore[no-untyped-call]
-    # Beside its place and then renamed: a signature cut short would be taken for a wrong one.
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{SIGNATURE}.")
-    os.close(descriptor)
     try:
         if key is not None:
             if not key.is_file():
@@ -48,31 +65,32 @@ def sign_bundle(
             config.use_elliptic_key_signer(private_key=key, password=secret)
         else:
             config.use_sigstore_signer(identity_token=identity_token, use_ambient_credentials=identity_token is None)
-        config.sign(bundle.folder / MANIFEST, Path(name))
-        return Path(name).replace(folder / SIGNATURE)
+        # Elsewhere, and then written whole: a signature cut short would be taken for a wrong one.
+        with tempfile.TemporaryDirectory() as there:
+            config.sign(bundle.folder / MANIFEST, Path(there) / SIGNATURE)
+            content = (Path(there) / SIGNATURE).read_bytes()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"cannot sign with {key or 'this identity'}: {error}") from error
-    except OSError as error:
+    except _keyless_errors() as error:
         if key is not None:
             raise
-        raise ConfigError(f"signing without a key needs a network ({error}); give a key by --key") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+        raise ConfigError(
+            f"cannot sign without a key ({_told(error)}): that needs a network on which Sigstore is reached, and a "
+            "token, or a browser, that says who signs; mend that, or give a key by --key"
+        ) from error
+    return write_bytes(folder / SIGNATURE, content)
 
 
-def verify_bundle(
-    folder: Path, *, key: Path | None = None, identity: str | None = None, issuer: str | None = None
-) -> Bundle:
-    """The bundle in `folder`, if its signature is by the public `key`, or by `identity` as `issuer` vouches for it.
+def verify_bundle(folder: Path, maker: Maker) -> Bundle:
+    """The bundle in `folder`, if its signature is by `maker`; an identity is looked up at Sigstore, over the network.
 
     Every file that is there must be the one that was signed.
 
     Raises:
-        BundleError: no signature, one by someone else, or a changed byte.
-        ConfigError: neither a key nor identity and issuer, or a key that cannot be read.
+        BundleError: no signature, one by someone else, or a changed byte; or Sigstore, which knows the identity, is not
+            reached.
+        ConfigError: a key that cannot be read.
     """
-    if (key is None) == (identity is None) or (identity is None) != (issuer is None):
-        raise ConfigError("expected either a public key, or an identity with its issuer, to verify by")
     try:
         from model_signing import verifying
     except ImportError as error:
@@ -83,15 +101,21 @@ def verify_bundle(
             f"expected a signature {SIGNATURE} in {folder}, got none; sign it with `louver sign {folder}`"
         )
     config = verifying.Config()  # type: ignore[no-untyped-call]
-    if key is not None:
-        if not key.is_file():
-            raise ConfigError(f"expected a public key (PEM) in {key}, got no file")
+    if maker.key is not None:
+        if not maker.key.is_file():
+            raise ConfigError(f"expected a public key (PEM) in {maker.key}, got no file")
         try:
-            config.use_elliptic_key_verifier(public_key=key)
+            config.use_elliptic_key_verifier(public_key=maker.key)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{key} is no public key that this version reads: {error}") from error
+            raise ConfigError(f"{maker.key} is no public key that this version reads: {error}") from error
     else:
-        config.use_sigstore_verifier(identity=identity or "", oidc_issuer=issuer or "")
+        try:
+            config.use_sigstore_verifier(identity=maker.identity or "", oidc_issuer=maker.issuer or "")
+        except _keyless_errors() as error:
+            raise BundleError(
+                f"{folder}: cannot verify a signature by {maker.identity} ({_told(error)}): that needs a network on "
+                "which Sigstore is reached; mend that, or have the bundle signed with a key and verify by that"
+            ) from error
     try:
         config.verify(folder / MANIFEST, signature)
     except Exception as error:
@@ -100,6 +124,25 @@ def verify_bundle(
             f"{folder}: the signature does not vouch for this bundle ({reason}); take it from its maker again"
         ) from error
     return _whole(folder)
+
+
+def _keyless_errors() -> tuple[type[Exception], ...]:
+    """What keyless calls raise. Sigstore's own base class leaves out what its services and issuers of tokens refuse.
+
+    `EOFError` is of the code that it asks for where there is no browser, and nobody who could type it.
+    """
+    from sigstore._internal.fulcio.client import ExpiredCertificate, FulcioClientError
+    from sigstore._internal.rekor import RekorClientError
+    from sigstore.errors import Error
+    from sigstore.oidc import ExpiredIdentity, IssuerError
+
+    of_sigstore = (Error, ExpiredCertificate, ExpiredIdentity, FulcioClientError, IssuerError, RekorClientError)
+    return (*of_sigstore, EOFError, OSError, ValueError)
+
+
+def _told(error: Exception) -> str:
+    """One line of what a library says; many of its errors say nothing but their name."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _whole(folder: Path) -> Bundle:

@@ -133,6 +133,20 @@ def test_an_entry_stays_until_its_answer_was_taken(tmp_path: Path, cloud: Cloud)
     assert taken == waiting
 
 
+@pytest.mark.parametrize(("code", "is_kept"), [(408, True), (429, True), (503, True), (400, False), (403, False)])
+def test_what_waiting_may_mend_is_kept_and_a_spent_budget_is_not(
+    tmp_path: Path, cloud: Cloud, code: int, is_kept: bool
+) -> None:
+    cloud.always = status(code)
+    with Edge(cloud.bundle, server=cloud.address, policy="queue", settings=options(tmp_path)) as edge:
+        if is_kept:
+            assert edge.infer(pictures()).source == "queue"
+        else:
+            with pytest.raises(CloudRefusedError, match=str(code)):
+                edge.infer(pictures())
+        assert edge.n_waiting == is_kept
+
+
 @pytest.mark.parametrize(
     ("trouble", "error"),
     [(status(404, "no such version"), CloudRefusedError), (status(401), CloudRefusedError), (raw(b"?"), AnswerError)],
@@ -145,7 +159,7 @@ def test_what_the_cloud_refuses_is_kept_until_its_owner_gives_it_up(
         cloud.always = status(503)
         waiting = [edge.infer(pictures(seed=i)).request_id for i in range(3)]
         cloud.always = trouble
-        with pytest.raises(error):
+        with pytest.raises(error, match=f"--discard {waiting[0]}"):
             edge.flush(lambda one: late.append(one.request_id))
         assert edge.n_waiting == 3
         cloud.always = answer

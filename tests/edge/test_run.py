@@ -151,7 +151,10 @@ def test_the_head_answers_and_says_so(
     [
         (("PHOTO",), "--server: expected the address of a server, got none"),
         (("--server", "ADDRESS"), "expected pictures to run on, got none"),
-        (("--server", "ADDRESS", "PHOTO", "--queue", "q"), "--queue: expected --policy queue with it, got fail"),
+        (
+            ("--server", "ADDRESS", "PHOTO", "--queue", "q"),
+            "--queue, --queue-key and --discard: expected --policy queue with it, got fail",
+        ),
         (("--server", "ADDRESS", "PHOTO", "--policy", "hope"), "policy: got 'hope'"),
         (("--server", "ADDRESS", "PHOTO", "--policy", "queue"), "expected queue_folder, got none"),
         (("--server", "ADDRESS", "PHOTO", "--timeout", "0"), "read_timeout_s: expected seconds above 0"),
@@ -182,6 +185,33 @@ def test_answers_before_a_bad_picture_are_printed(
     said = capsys.readouterr()
     assert [Path(json.loads(line)["image"]).name for line in said.out.splitlines()] == ["a.PNG"]
     assert "cannot be decoded" in said.err
+
+
+def test_a_queue_that_a_refused_request_bars_is_freed_by_giving_it_up(
+    tmp_path: Path,
+    photos: Path,
+    cloud: Cloud,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = (cloud.bundle.folder, "--server", cloud.address, "--policy", "queue", "--queue", tmp_path / "q", "--json")
+    cloud.always = status(429, headers={"Retry-After": "0"})
+    assert run(monkeypatch, *words, photos / "b.png", photos / "a.PNG") == 0
+    first, second = (one["request"] for one in lines(capsys))
+    cloud.always = status(413)
+    assert run(monkeypatch, *words) == 2
+    assert f"give the request up by --discard {first}" in capsys.readouterr().err.replace("\n", " ")
+    cloud.always = answer
+    other = "0" * 32
+    assert run(monkeypatch, *words, "--discard", first, "--discard", other, photos / "deep") == 0
+    said = capsys.readouterr()
+    assert f"gave up request {first}" in said.err
+    assert f"no request {other} waits" in said.err
+    late, new = map(json.loads, said.out.splitlines())
+    assert late["request"] == second
+    assert new["image"].endswith("c.jpg")
+    assert run(monkeypatch, *words[:3], photos / "b.png", "--discard", first) == 2
+    assert "--discard: expected --policy queue" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("policy", ["fail", "queue"])

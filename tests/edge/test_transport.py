@@ -38,7 +38,7 @@ def edge_to(cloud: Cloud, **options: object) -> Edge:
 @pytest.mark.parametrize(
     "trouble",
     [
-        *(pytest.param(status(code), id=str(code)) for code in (429, 502, 503, 504)),
+        *(pytest.param(status(code), id=str(code)) for code in (408, 429, 502, 503, 504)),
         pytest.param(silent(0.01), id="hangs up"),
         *(pytest.param(reset_after(n), id=f"reset after {n}") for n in (0, 9, 40, 10**6)),
     ],
@@ -321,12 +321,12 @@ def test_only_one_of_many_threads_probes(cloud: Cloud) -> None:
 def test_who_refuses_or_is_busy_is_alive(cloud: Cloud) -> None:
     cloud.always = status(400)
     with edge_to(cloud, tries=1, breaker_failures=2) as edge:
-        for trouble in (status(400), status(429), status(503, headers={"Retry-After": "0"}), status(401)):
+        for trouble in (status(400), status(408), status(429), status(503, headers={"Retry-After": "0"}), status(401)):
             cloud.always = trouble
             for _ in range(3):
                 with pytest.raises(CloudError, match="HTTP"):
                     edge.infer(pictures())
-        assert len(cloud.seen) == 12
+        assert len(cloud.seen) == 15
 
 
 def test_a_probe_that_was_interrupted_bars_nobody() -> None:

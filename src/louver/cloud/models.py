@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from louver.bundle import CLOUD, Bundle, read_bundle
 from louver.errors import BundleError
 from louver.graph_errors import RUN_ERRORS
-from louver.signing import verify_bundle
+from louver.signing import Maker, verify_bundle
 
 __all__ = ["FEATURE", "SCORES", "Model", "load_model"]
 
@@ -44,14 +44,14 @@ class Model:
     """Bytes of one image's feature."""
 
 
-def load_model(folder: Path, *, threads: int, maker_key: Path | None = None) -> Model:
-    """The cloud half of the bundle in `folder`, run once; with a `maker_key` the bundle must be signed by it.
+def load_model(folder: Path, *, threads: int, maker: Maker | None = None) -> Model:
+    """The cloud half of the bundle in `folder`, run once; with a `maker` the bundle must be signed by it.
 
     Raises:
         BundleError: no bundle, a changed byte, a graph that onnxruntime refuses, or another than the manifest says.
     """
     try:
-        bundle = read_bundle(folder) if maker_key is None else verify_bundle(folder, key=maker_key)
+        bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
         content = bundle.content(CLOUD)
     except OSError as error:
         raise BundleError(f"{folder}: {error.strerror}; see who may read it") from error

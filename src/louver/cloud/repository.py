@@ -13,6 +13,7 @@ from louver.cloud.models import Model, load_model
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.settings import Batching
 from louver.errors import BundleError, ConfigError
+from louver.signing import Maker
 
 __all__ = ["Repository", "Served", "bundles_in"]
 
@@ -43,10 +44,11 @@ class Repository:
     """The bundles in `paths`, each a bundle or a folder of bundles.
 
     keep_s: how long a version that was replaced is still answered, so that devices with its edge half have time to
-    follow. What is in flight is finished in any case. maker_key: the public key by which every bundle must be signed.
+    follow. What is in flight is finished in any case. maker: by whom every bundle must be signed.
 
     Raises:
         BundleError: a path holds no bundle, or a bundle is not as it was exported.
+        ConfigError: no path, a time that cannot be, or a maker's key that cannot be read.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Repository:
         *,
         batching: Batching | None = None,
         keep_s: float = 600.0,
-        maker_key: Path | None = None,
+        maker: Maker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not paths:
@@ -65,12 +67,12 @@ class Repository:
         self.batching = batching or Batching()
         self._paths = [Path(path) for path in paths]
         self._keep_s = keep_s
-        self._maker_key = maker_key
+        self._maker = maker
         self._clock = clock
         self._workers = Workers(self.batching.workers)
         try:
             self._state = _State(folders=self._read({}, failures=None))
-        except BundleError:
+        except (BundleError, ConfigError):
             self._workers.close()
             raise
 
@@ -159,8 +161,8 @@ class Repository:
                 continue
             for folder in folders:
                 try:
-                    model = load_model(folder, threads=self.batching.threads, maker_key=self._maker_key)
-                except BundleError as error:
+                    model = load_model(folder, threads=self.batching.threads, maker=self._maker)
+                except (BundleError, ConfigError) as error:  # the maker's key may be gone
                     if failures is None:
                         raise
                     failures.append(str(error))

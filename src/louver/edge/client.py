@@ -23,7 +23,17 @@ from louver.edge.half import EdgeHalf, HeadHalf, checked_images
 from louver.edge.settings import Policy, Settings
 from louver.edge.transport import Transport
 from louver.edge.wire import Request, request_of
-from louver.errors import BundleError, BusyError, CloudAwayError, ConfigError, DamagedError, LouverError, nearest
+from louver.errors import (
+    AnswerError,
+    BundleError,
+    BusyError,
+    CloudAwayError,
+    CloudRefusedError,
+    ConfigError,
+    DamagedError,
+    LouverError,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from louver.edge.outbox import Outbox
@@ -112,12 +122,13 @@ class Edge:
             raise ConfigError(f"policy: got {policy!r}; {nearest(str(policy), list(get_args(Policy)))}")
         settings = settings or Settings()
         folder = bundle.folder if isinstance(bundle, Bundle) else bundle
-        if settings.maker_key is None:
+        maker = settings.maker
+        if maker is None:
             found = read_bundle(folder)
         else:
             from louver.signing import verify_bundle
 
-            found = verify_bundle(Path(folder), key=settings.maker_key)
+            found = verify_bundle(Path(folder), maker)
         if isinstance(bundle, Bundle) and found.id != bundle.id:
             raise BundleError(f"{folder}: expected bundle {bundle.id}, got {found.id}; read it again")
         self.bundle, self.policy, self.settings = found, policy, settings
@@ -241,6 +252,11 @@ class Edge:
                 except CloudAwayError as error:
                     _log.info("what waits is kept: %s", error)
                     break
+                except (CloudRefusedError, AnswerError) as error:
+                    raise type(error)(
+                        f"{error}; request {request.id} waits before all others and is kept: mend that, or give the "
+                        f"request up by --discard {request.id} (in Python: edge.discard)"
+                    ) from error
                 sink(Delivery(request_id=request.id, scores=scores, labels=self._labels(scores)))
                 outbox.remove(place)
                 n_delivered += 1

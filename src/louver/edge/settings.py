@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from louver.errors import ConfigError
+
+if TYPE_CHECKING:
+    from louver.signing import Maker
 
 __all__ = ["Compression", "Policy", "Settings"]
 
@@ -41,8 +44,9 @@ class Settings:
     model's name.
 
     Trust. `ca`: a file of the only authorities to trust, instead of the system's; `cert` and `key`: this device's own
-    certificate. `maker_key`: the public key by which the bundle must be signed. `allow_plain_http`: send over plain
-    HTTP to another machine, where everyone on the way reads along.
+    certificate. `maker_key`: the public key by which the bundle must be signed; or `maker_identity`, for which
+    `maker_issuer` vouches: who must have signed it without a key, which is looked up over the network.
+    `allow_plain_http`: send over plain HTTP to another machine, where everyone on the way reads along.
 
     Waiting. At most `most_in_flight` requests at once; one more waits up to `slot_timeout_s`.
 
@@ -71,6 +75,8 @@ class Settings:
     cert: Path | None = None
     key: Path | None = None
     maker_key: Path | None = None
+    maker_identity: str | None = None
+    maker_issuer: str | None = None
     is_triton: bool = False
     allow_plain_http: bool = False
     most_in_flight: int = 4
@@ -108,3 +114,13 @@ class Settings:
             raise ConfigError("compression: expected gzip or none for Triton, which knows no zstd; give another")
         if self.key is not None and self.cert is None:
             raise ConfigError("key: expected a certificate with it, got none; give `cert` too")
+        _ = self.maker
+
+    @property
+    def maker(self) -> Maker | None:
+        """By whom the bundle must be signed, if by anyone."""
+        if self.maker_key is None and self.maker_identity is None and self.maker_issuer is None:
+            return None
+        from louver.signing import Maker
+
+        return Maker(key=self.maker_key, identity=self.maker_identity, issuer=self.maker_issuer)

@@ -1,7 +1,7 @@
 """Requests to the cloud and answers back: one pool of connections, tries within a deadline, and the breaker.
 
 Inference changes nothing on the server, so a request may be sent again; its id stays the same. What is sent again is
-only what may end otherwise: no connection, a timeout, 429, 502, 503 and 504. Everything else is an error at once.
+only what may end otherwise: no connection, a timeout, 408, 429, 502, 503 and 504. Everything else is an error at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from louver.triton import triton_name
 __all__ = ["Transport"]
 
 _PIECE = 2**16
-_BUSY = frozenset({429, 502, 503, 504})
+_BUSY = frozenset({408, 429, 502, 503, 504})
 _HINTS = {
     400: "the bundles may differ, or the server is another program",
     401: "give the token that the server knows",
@@ -182,7 +182,7 @@ class Transport:
             retry_after_s = _retry_after(response.headers.get("Retry-After"))
             return _BusyError(
                 f"{self.address} is busy or away (HTTP {status}: {reason}); send less, or wait",
-                is_alive=status == 429 or retry_after_s is not None,
+                is_alive=status in (408, 429) or retry_after_s is not None,
                 retry_after_s=retry_after_s,
             )
         if status in _HINTS or 400 <= status < 500:
