@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Repository:
         self._maker_key = maker_key
         self._clock = clock
         self._workers = Workers(self.batching.workers)
+        self._changing = threading.Lock()
         try:
             self._state = _State(folders=self._read({}, failures=None))
         except BundleError:
@@ -134,15 +136,18 @@ class Repository:
         for one in before.folders.values():
             if one.model.version not in stays:
                 leaving[one.model.version] = (one, now + self._keep_s)
-        self._state = _State(folders=folders, leaving=leaving)
+        with self._changing:
+            self._state = _State(folders=folders, leaving=leaving)
         return failures
 
     def sweep(self) -> None:
         """Lets go of versions whose time is over, and of their memory once nothing is in flight."""
-        state, now = self._state, self._clock()
-        if any(until <= now for _, until in state.leaving.values()):
-            leaving = {version: pair for version, pair in state.leaving.items() if now < pair[1]}
-            self._state = _State(folders=state.folders, leaving=leaving)
+        now = self._clock()
+        with self._changing:  # what a thread has just read again must not be lost
+            state = self._state
+            if any(until <= now for _, until in state.leaving.values()):
+                leaving = {version: pair for version, pair in state.leaving.items() if now < pair[1]}
+                self._state = _State(folders=state.folders, leaving=leaving)
 
     def _read(self, before: Mapping[Path, Served], *, failures: list[str] | None) -> dict[Path, Served]:
         """Folder -> model. With a list for failures, each goes there and `before` fills its place."""
