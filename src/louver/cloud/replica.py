@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 from louver.cloud.app import App, Receive, Scope, Send, create_app
 from louver.cloud.clients import Clients
 from louver.cloud.keeper import Judged, News, Report, write_contents
-from louver.cloud.logs import JsonLines
+from louver.cloud.logs import JsonLines, told_if_ended
 from louver.cloud.refusals import Refusal
 from louver.cloud.repository import Repository
 from louver.cloud.service import Common
@@ -74,8 +74,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         """What Ray Serve calls for each request; asked for in the loop that requests will run in."""
-        self._following = asyncio.get_running_loop().create_task(self._follow())
-        self._following.add_done_callback(_say_why)
+        self._following = told_if_ended(self._follow(), what="hearing the keeper")
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             await self._answer(scope, receive, send)
@@ -160,8 +159,7 @@ class Replica:
             self._repository.sweep()
             # Beside this: a large bundle takes longer to read than a replica may be without the keeper.
             if news.generation != self._generation and (self._reading is None or self._reading.done()):
-                self._reading = asyncio.get_running_loop().create_task(self._read_again())
-                self._reading.add_done_callback(_say_why)
+                self._reading = told_if_ended(self._read_again(), what="taking up bundles")
 
     def _hear(self, news: News) -> None:
         service = self._app.service
@@ -233,13 +231,6 @@ class _Kept(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         record.replica = self._replica
         self._lines.append(self.format(record))
-
-
-def _say_why(task: asyncio.Task[None]) -> None:
-    """A line for a task that ends by what nobody thought of. The message may hold anything, and stays here."""
-    error = None if task.cancelled() else task.exception()
-    if error is not None:
-        _log.error("a task of this replica ended", extra={"error": type(error).__name__})
 
 
 async def _send_away(send: Send, reason: str) -> None:

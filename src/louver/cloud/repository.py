@@ -13,7 +13,7 @@ from louver.cloud.batching import Batcher, Workers
 from louver.cloud.models import Model, load_model
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.settings import Batching
-from louver.errors import BundleError, ConfigError
+from louver.errors import BundleError, ConfigError, LouverError
 
 __all__ = ["Repository", "Served", "bundles_in"]
 
@@ -48,6 +48,7 @@ class Repository:
 
     Raises:
         BundleError: a path holds no bundle, or a bundle is not as it was exported.
+        ConfigError: the maker's key cannot be read.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Repository:
         self._changing = threading.Lock()
         try:
             self._state = _State(folders=self._read({}, failures=None))
-        except BundleError:
+        except LouverError:
             self._workers.close()
             raise
 
@@ -156,7 +157,7 @@ class Repository:
         for path in self._paths:
             try:
                 folders = bundles_in(path)
-            except BundleError as error:
+            except LouverError as error:
                 if failures is None:
                     raise
                 failures.append(str(error))
@@ -165,7 +166,7 @@ class Repository:
             for folder in folders:
                 try:
                     model = load_model(folder, threads=self.batching.threads, maker_key=self._maker_key)
-                except BundleError as error:
+                except LouverError as error:  # the maker's key may be gone as well
                     if failures is None:
                         raise
                     failures.append(str(error))
