@@ -134,7 +134,14 @@ async def serve(app: App, listening: Listening, *, started: Callable[[Addresses]
 
             metrics = await stack.enter_async_context(serve_metrics(listening.metrics_port, text))
         if listening.grpc_port is not None:
-            rpc, port = create_rpc_server(service, f"{host}:{listening.grpc_port}", certificates)
+            rpc, port = create_rpc_server(
+                service,
+                f"{host}:{listening.grpc_port}",
+                certificates,
+                connections=listening.connections,
+                head_s=listening.head_s,
+                idle_s=_IDLE_S,
+            )
             await rpc.start()
             rpc_address = f"{host}:{port}"
         running = loop.create_task(server.serve([rest_socket]))

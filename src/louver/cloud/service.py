@@ -135,10 +135,10 @@ class Service:
         """
         return self.clients.identify(authorization) if self.clients is not None else ANYONE
 
-    def begun(self, protocol: str, *, n_bytes: int = 0) -> Request:
+    def begun(self, protocol: str) -> Request:
         """A request for scores that has just come; `ended` must follow, whatever becomes of it."""
         self._n_open += 1
-        return Request(protocol, n_bytes=n_bytes)
+        return Request(protocol)
 
     async def admit(self, request: Request, authorization: bytes | None) -> None:
         """Who asks, and whether now: all that can be refused before anything else is read.
