@@ -1,10 +1,10 @@
-"""Random and mutated bodies against the server, guided by coverage: no crash, no growth, always 4xx with a reason.
+"""Random and mutated bodies over REST, guided by coverage: no crash, no growth, always 4xx with a reason.
 
 python benchmarks/fuzz.py [--minutes 60]
 
 Needs atheris (pip install atheris). The body, its encoding and the length that its head claims are the fuzzer's; seeds
 are true requests. A status of 500 or more, an answer without a reason, or one that never comes ends the run and is a
-failure.
+failure. Messages of gRPC are not asked here: tests/cloud/test_cloud_fuzz.py mutates those.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import signal
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,6 +124,15 @@ async def ask(
     start, end = sent
     assert not end.get("more_body")
     return Answer(start["status"], {key.decode(): value.decode() for key, value in start["headers"]}, end["body"])
+
+
+def message_of(content: bytes) -> Callable[[], Awaitable[bytes]]:
+    """How a handler of gRPC reads this message."""
+
+    async def read() -> bytes:
+        return content
+
+    return read
 
 
 class Running:

@@ -77,13 +77,25 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of one run; half the cores by default.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Most images in one request.")] = 256,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body as received, MiB.")] = 16.0,
-    max_decoded_mb: Annotated[float, typer.Option(min=0.001, help="Largest body after decompression, MiB.")] = 64.0,
-    max_held_mb: Annotated[float, typer.Option(min=0.001, help="Bodies of all requests at a time, MiB.")] = 512.0,
+    max_body_mb: Annotated[
+        float, typer.Option(min=0.001, help="Largest body as received, or message of gRPC, MiB.")
+    ] = 16.0,
+    max_decoded_mb: Annotated[
+        float, typer.Option(min=0.001, help="REST: largest body after decompression, MiB.")
+    ] = 64.0,
+    max_held_mb: Annotated[
+        float, typer.Option(min=0.001, help="Bodies at a time, MiB; gRPC may take as much again.")
+    ] = 512.0,
     body_s: Annotated[float, typer.Option(min=0.1, help="Seconds that a client may take to send a body.")] = 30.0,
-    answer_s: Annotated[float, typer.Option(min=0.1, help="Seconds that a client may take to read an answer.")] = 30.0,
-    head_s: Annotated[float, typer.Option(min=0.1, help="Seconds that the head of a request may take.")] = 10.0,
-    max_connections: Annotated[int, typer.Option(min=1, help="Most connections of REST at a time.")] = 1024,
+    answer_s: Annotated[
+        float, typer.Option(min=0.1, help="REST: seconds that a client may take to read an answer.")
+    ] = 30.0,
+    head_s: Annotated[
+        float, typer.Option(min=0.1, help="REST: seconds for the head of a request; gRPC: for a handshake.")
+    ] = 10.0,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Most connections at a time, of REST and of gRPC each.")
+    ] = 1024,
     keep_s: Annotated[
         float, typer.Option(min=0, help="How long a version is answered after another has taken its place (SIGHUP).")
     ] = 600.0,

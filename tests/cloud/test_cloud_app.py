@@ -548,6 +548,37 @@ def test_what_a_full_queue_refuses_is_not_charged(tmp_path):
     app.service.close()
 
 
+def test_what_was_computed_is_charged_and_what_failed_is_not(tmp_path):
+    file = tmp_path / "tokens.json"
+    token = add_client(file, "few", images_total=10)
+    bundle = toy_bundle(tmp_path / "toy", encoding="float32")
+    repository = Repository([tmp_path / "toy"], batching=Batching(workers=1, threads=1))
+    app = create_app(repository, Settings(tokens=file))
+    app.service.lines.write = lambda line: None
+    batcher = repository.find("toy", None).batcher
+    network = batcher._network
+
+    def fails(feature: np.ndarray) -> np.ndarray:
+        raise RuntimeError("of no fault of the client")
+
+    def left_after(status: int, feature: np.ndarray, call_id: str) -> int:
+        body, headers = asking(feature, call_id=call_id)
+        found = asyncio.run(ask(app, infer_path(bundle), body, headers, token=token))
+        assert found.status == status
+        return app.service.budgets.left(app.service.clients.all[0])
+
+    feature = features(3, dtype=np.float32)
+    batcher._network = fails
+    assert left_after(500, feature, "a") == 10
+    assert left_after(500, feature[:1], "alone") == 10
+    batcher._network = network
+    assert left_after(200, feature, "a") == 7  # the same again: it was not paid for before
+    assert left_after(200, feature, "a") == 7
+    assert left_after(400, np.full((4, *FEATURE), 3e38, np.float32), "b") == 3
+    repository.close()
+    app.service.close()
+
+
 # What is told
 
 

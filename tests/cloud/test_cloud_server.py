@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import http.client
 import ipaddress
@@ -15,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -30,7 +32,9 @@ from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
 from bundles import FEATURE, N_SCORES, toy_bundle
+from louver.cloud.server import _Signals
 from louver.cloud.tokens import add_client, remove_client
+from louver.signing import sign_bundle
 from servers import PATIENCE_S, Running, asking, features, infer_path, running, truth
 
 pytestmark = pytest.mark.timeout(120)
@@ -539,6 +543,54 @@ def test_sighup_swaps_under_load_and_no_request_fails(tmp_path):
         (line,) = server.lines("bundle not loaded: what was served goes on")
         assert "not the file that was exported" in line["reason"]
         assert server.lines("bundles read")[2]["models"] == [f"toy/{made[2].id}"]
+
+
+def test_sighup_without_the_makers_key_leaves_what_was_served(tmp_path):
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = tmp_path / "maker.pem", tmp_path / "maker.pub"
+    pem = serialization.Encoding.PEM
+    private.write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
+    content = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    public.write_bytes(content)
+    first = toy_bundle(tmp_path / "toy")
+    sign_bundle(tmp_path / "toy", key=private)
+    refused = "bundle not loaded: what was served goes on"
+    options = ("--maker-key", str(public), "--drain-s", "0")
+    with running(tmp_path / "log", tmp_path / "toy", options=options) as server:
+        for i, wrong in enumerate((None, b"no key"), 1):
+            public.unlink() if wrong is None else public.write_bytes(wrong)
+            server.process.send_signal(signal.SIGHUP)
+            eventually(lambda count=i: len(server.lines("bundles read")) == count, within_s=20)
+            assert str(public) in server.lines(refused)[-1]["reason"]
+            assert server.ask(infer_path(first), *asking(features(2))).status == 200
+        public.write_bytes(content)
+        second = toy_bundle(tmp_path / "toy", seed=1)
+        sign_bundle(tmp_path / "toy", key=private)
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.ask(infer_path(second), *asking(features(2))).status == 200, within_s=20)
+        assert len(server.lines(refused)) == 2
+
+
+def test_a_reload_that_ends_by_what_nobody_thought_of_says_so_and_the_next_works(caplog):
+    def reload() -> list[str]:
+        if not caplog.records:
+            raise RuntimeError("unheard of")
+        return []
+
+    service = SimpleNamespace(repository=SimpleNamespace(reload=reload, current=[], leaving=[]))
+
+    async def work() -> None:
+        signals = _Signals(service, None)
+        for words in ("ended by an error", "bundles read"):
+            signals._read_again()
+            while words not in caplog.messages:
+                await asyncio.sleep(0.01)
+
+    caplog.set_level("INFO", "louver.cloud")
+    asyncio.run(asyncio.wait_for(work(), 10))
+    assert caplog.records[0].what == "reading bundles"
 
 
 def test_kill_9_in_a_batch_damages_nothing(tmp_path):

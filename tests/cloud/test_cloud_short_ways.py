@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from bundles import toy_bundle
 from louver.cloud import Batching, Limits, Repository, Settings, create_app, rpc
 from louver.cloud import inference_pb2 as messages
-from louver.cloud.app import _Within
 from louver.cloud.batching import Batcher, Workers
 from louver.cloud.connections import _Whole
 from louver.cloud.heads import Heads
 from louver.cloud.models import load_model
 from louver.cloud.protocol import RestHeads, read_call
 from louver.cloud.refusals import Refusal
-from servers import ask, asking, features, infer_path, truth
+from louver.cloud.within import Within
+from servers import ask, asking, features, infer_path, message_of, truth
 
 LIMITS = Limits(rows=9)
 FEW = features(3)
@@ -147,14 +147,14 @@ def test_a_known_message_is_answered_with_its_own_id_and_scores(place):
             asked = messages.ModelInferRequest.FromString(message(model_version=bundle.id))
             asked.id, asked.raw_input_contents[0] = f"id {i}", feature.tobytes()
             found = messages.ModelInferResponse.FromString(
-                await rpc._infer(app.service, asked.SerializeToString(), Context())
+                await rpc._infer(app.service, message_of(asked.SerializeToString()), Context())
             )
             assert (found.id, found.model_name, found.model_version) == (f"id {i}", "toy", bundle.id)
             (output,) = found.outputs
             scores = np.frombuffer(found.raw_output_contents[0], "<f4").reshape(output.shape)
             np.testing.assert_allclose(scores, truth(bundle, feature), rtol=1e-5, atol=1e-5)
         # Without a version it is read each time: which one that is may change.
-        await rpc._infer(app.service, message(), Context())
+        await rpc._infer(app.service, message_of(message()), Context())
 
     asyncio.run(work())
     assert len(app.service.rpc_heads) == 1
@@ -385,7 +385,7 @@ def test_a_time_ends_what_is_within_it(by):
         loop = asyncio.get_running_loop()
         if by in ("another", "both"):
             loop.call_later(0.01, task.cancel)
-        with _Within(0.01 if by == "both" else 0.02 if by == "time" else 5):
+        with Within(0.01 if by == "both" else 0.02 if by == "time" else 5):
             await asyncio.sleep(0 if by == "nobody" else 3)
         await asyncio.sleep(0.03)
         return "done"

@@ -20,7 +20,7 @@ from louver.cloud import inference_pb2 as messages
 from louver.cloud.tokens import add_client
 from louver.cloud.traces import Traces, traces_from_environment
 from louver.errors import ConfigError, MissingExtraError
-from servers import PATIENCE_S, ask, asking, features, infer_path, running
+from servers import PATIENCE_S, ask, asking, features, infer_path, message_of, running
 
 pytestmark = pytest.mark.timeout(120)
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -106,7 +106,7 @@ def test_a_request_over_grpc_goes_on_with_the_trace_of_its_client(place):
         def invocation_metadata(self):
             return (("authorization", f"Bearer {place.token}"), ("traceparent", PARENT))
 
-    (span,) = place.spans(rpc._infer(place.app.service, asked.SerializeToString(), Context()))
+    (span,) = place.spans(rpc._infer(place.app.service, message_of(asked.SerializeToString()), Context()))
     is_right(span, place, protocol="grpc", rows=2)
     assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == (TRACE, SPAN)
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from louver.cloud.repository import Repository
 from louver.cloud.service import GONE, Common, Request, Service
 from louver.cloud.settings import Settings
 from louver.cloud.traces import Traces
+from louver.cloud.within import Within
 
 __all__ = ["EXTENSIONS", "App", "create_app"]
 
@@ -62,7 +62,7 @@ class _Exchange:
         fields = [*headers, (b"content-length", b"%d" % len(body))]
         if self.service.is_draining:  # the client's next request then goes to whoever takes over
             fields.append((b"connection", b"close"))
-        with _Within(self.service.settings.limits.answer_s):
+        with Within(self.service.settings.limits.answer_s):
             await self.send({"type": "http.response.start", "status": status, "headers": fields})
             await self.send({"type": "http.response.body", "body": body})
 
@@ -246,39 +246,6 @@ async def _infer_as(exchange: _Exchange, request: Request) -> None:
         await exchange.answer(200, answer, _BINARY, (b"inference-header-content-length", b"%d" % head))
 
 
-class _Within:
-    """`asyncio.timeout` for one task, of which two on each request would be a tenth of what the server adds to it.
-
-    Raises:
-        TimeoutError: what is within took longer than `seconds`.
-    """
-
-    __slots__ = ("_cancelling", "_has_ended", "_seconds", "_task", "_timer")
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._has_ended = False
-
-    def __enter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task, self._cancelling = task, task.cancelling()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._timer.cancel()
-        if not self._has_ended or self._task.uncancel() > self._cancelling:
-            return  # cancelled by somebody else, which goes on
-        if isinstance(error, asyncio.CancelledError):
-            raise TimeoutError from error
-
-    def _end(self) -> None:
-        self._has_ended = True
-        self._task.cancel()
-
-
 class _Gone(Exception):  # noqa: N818 - no error: clients may leave
     """The client has left; there is nobody to answer."""
 
@@ -292,7 +259,7 @@ async def _read_body(exchange: _Exchange, request: Request) -> bytes:
         raise _too_large(limits.body_bytes)
     chunks: list[bytes] = []
     try:
-        with _Within(limits.body_s):
+        with Within(limits.body_s):
             more = True
             while more:
                 message = await exchange.receive()

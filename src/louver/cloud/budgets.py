@@ -94,7 +94,7 @@ class Budgets:
         return self._account(client.name).total_rows
 
     async def charge(self, client: Client, rows: int, call_id: str, content: bytes) -> Callable[[], None]:
-        """Takes `rows` off the client's budget, and gives a function that puts them back if they are never computed.
+        """Takes `rows` off the client's budget, and gives a function that puts them back if no scores come of them.
 
         A request that is sent again with the same id and the same content is free for the window. The content counts,
         since an id alone would be a free pass for any number of images.

@@ -8,6 +8,7 @@ knows nothing of Ray; `ray_engine.py` makes an actor of it.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from louver.cloud.repository import bundles_in
 from louver.cloud.settings import Settings
 from louver.cloud.tokens import Client
 from louver.errors import BundleError, StorageError
+from louver.storage import refusals
 
 __all__ = ["Content", "Judged", "Keeper", "News", "Report", "Seen", "read_contents", "write_contents"]
 
@@ -274,19 +276,25 @@ def read_contents(paths: Sequence[Path]) -> dict[str, Content]:
 
 
 def write_contents(folder: Path, contents: Sequence[Content]) -> None:
-    """Makes `folder` hold these bundles and no other; whoever loads them checks them again."""
-    for one in contents:
-        into = folder / one.version
-        if not into.is_dir():
-            into.mkdir(parents=True)
-            (into / CLOUD).write_bytes(one.cloud)
-            (into / MANIFEST).write_bytes(one.manifest)
-    stay = {one.version for one in contents}
-    for into in folder.iterdir():
-        if into.name not in stay:
-            for file in (MANIFEST, CLOUD):
-                (into / file).unlink(missing_ok=True)
-            into.rmdir()
+    """Makes `folder` hold these bundles and no other; whoever loads them checks them again.
+
+    Raises:
+        StorageError: the disk refused; called again, it goes on from there.
+    """
+    with refusals(folder, then="free space: it is tried again by itself"):
+        for one in contents:
+            into = folder / one.version
+            if not (into / MANIFEST).is_file():
+                into.mkdir(parents=True, exist_ok=True)
+                (into / CLOUD).write_bytes(one.cloud)
+                # Last, and whole: a folder with a manifest is not written again.
+                whole = into / f"{MANIFEST}.part"
+                whole.write_bytes(one.manifest)
+                whole.replace(into / MANIFEST)
+        stay = {one.version for one in contents}
+        for into in folder.iterdir():
+            if into.name not in stay:
+                shutil.rmtree(into)
 
 
 def _judged(refusal: Refusal) -> Judged:

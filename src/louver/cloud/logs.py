@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
+from typing import Any
 
-__all__ = ["JsonLines", "RequestLines"]
+__all__ = ["JsonLines", "RequestLines", "told_if_ended"]
 
+_log = logging.getLogger("louver.cloud")
 _ENCODER = json.JSONEncoder(default=str)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -70,3 +73,19 @@ class RequestLines:
             f'"protocol": "{protocol}", "client": {client}, "model": {model}, "version": {version}, '
             f'"rows": {rows}, "status": {status}, "ms": {ms:.3f}}}\n'
         )
+
+
+def told_if_ended(work: Coroutine[Any, Any, None], *, what: str) -> asyncio.Task[None]:
+    """A task of `work` which, should it end by an error that nobody thought of, says so in the log at once.
+
+    asyncio says it when the task is let go of, which may be never: nobody waits for what runs beside the requests.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+
+    def tell(ended: asyncio.Task[None]) -> None:
+        error = None if ended.cancelled() else ended.exception()
+        if error is not None:
+            _log.error("ended by an error", exc_info=error, extra={"what": what})
+
+    task.add_done_callback(tell)
+    return task

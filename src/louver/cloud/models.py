@@ -49,6 +49,7 @@ def load_model(folder: Path, *, threads: int, maker: Maker | None = None) -> Mod
 
     Raises:
         BundleError: no bundle, a changed byte, a graph that onnxruntime refuses, or another than the manifest says.
+        ConfigError: the maker's key cannot be read.
     """
     try:
         bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)

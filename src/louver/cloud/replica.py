@@ -23,13 +23,13 @@ from ray.exceptions import RayError
 from louver.cloud.app import App, Receive, Scope, Send, create_app
 from louver.cloud.clients import Clients
 from louver.cloud.keeper import Judged, News, Report, write_contents
-from louver.cloud.logs import JsonLines
+from louver.cloud.logs import JsonLines, told_if_ended
 from louver.cloud.refusals import Refusal
 from louver.cloud.repository import Repository
 from louver.cloud.service import Common
 from louver.cloud.settings import Batching, Limits, Settings
 from louver.cloud.tokens import Client
-from louver.errors import ConfigError
+from louver.errors import ConfigError, LouverError
 
 __all__ = ["Replica"]
 
@@ -37,6 +37,8 @@ SYNC_S = 0.5
 METRICS_S = 2.0
 LOST_S = 10.0
 _ASK_S = 5.0
+_FETCH_S = 60.0
+_READ_AGAIN_S = 5.0
 _MOST_LINES = 10_000
 _log = logging.getLogger("louver.cloud")
 
@@ -68,10 +70,11 @@ class Replica:
         self._heard = self._measured = time.monotonic()
         self._hear(news)
         self._following: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         """What Ray Serve calls for each request; asked for in the loop that requests will run in."""
-        self._following = asyncio.get_running_loop().create_task(self._follow())
+        self._following = told_if_ended(self._follow(), what="hearing the keeper")
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             await self._answer(scope, receive, send)
@@ -82,12 +85,11 @@ class Replica:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._is_lost and scope["path"] != "/v2/health/live":
+            await _send_away(send, "this server cannot look up who may ask, and for what")
+            return
         if self._is_closing and scope["path"].endswith("/infer"):
-            body = json.dumps({"error": "this server is about to end"}).encode()
-            headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
-            headers.append((b"content-length", b"%d" % len(body)))
-            await send({"type": "http.response.start", "status": 503, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            await _send_away(send, "this server is about to end")
             return
         self._in_flight += 1
         try:
@@ -121,7 +123,13 @@ class Replica:
 
     # What it tells without being asked
 
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the keeper was not heard for too long. Asked by each request, so that it holds if `_follow` ends."""
+        return time.monotonic() - self._heard > LOST_S
+
     async def _follow(self) -> None:
+        is_told = False
         while True:
             await asyncio.sleep(SYNC_S)
             now = time.monotonic()
@@ -136,20 +144,22 @@ class Replica:
             try:
                 async with asyncio.timeout(_ASK_S):
                     news = await self._keeper.sync.remote(report)
-                if news.generation != self._generation:
-                    await self._read_again()
-            except (RayError, TimeoutError) as error:
-                if time.monotonic() - self._heard > LOST_S and not self._is_closing:
+            except (RayError, LouverError, OSError) as error:  # a time that is over is an OSError too
+                if self._is_lost and not is_told:
+                    is_told = True
                     _log.error("keeper lost: answering nothing more", extra={"error": type(error).__name__})
-                    self._is_closing = self._app.service.is_draining = True
+                    self._app.service.is_draining = True
                 continue
-            self._heard = time.monotonic()
+            self._heard, is_told = time.monotonic(), False
             for _ in lines:
                 self._lines.popleft()
             if is_measured:
                 self._measured = now
             self._hear(news)
             self._repository.sweep()
+            # Beside this: a large bundle takes longer to read than a replica may be without the keeper.
+            if news.generation != self._generation and (self._reading is None or self._reading.done()):
+                self._reading = told_if_ended(self._read_again(), what="taking up bundles")
 
     def _hear(self, news: News) -> None:
         service = self._app.service
@@ -161,14 +171,23 @@ class Replica:
         self._is_closing = news.is_closing
 
     async def _read_again(self) -> None:
-        generation, contents = await self._keeper.contents.remote()
+        """Takes up the bundles of the keeper; what fails is logged, and tried again after a while."""
         bundles = Path(self._folder.name)
+        try:
+            async with asyncio.timeout(_FETCH_S):
+                generation, contents = await self._keeper.contents.remote()
 
-        def read() -> list[str]:
-            write_contents(bundles, [one for one in contents if not one.is_leaving])
-            return self._repository.reload()
+            def read() -> list[str]:
+                write_contents(bundles, [one for one in contents if not one.is_leaving])
+                return self._repository.reload()
 
-        for failure in await asyncio.to_thread(read):
+            failures = await asyncio.to_thread(read)
+        except (RayError, LouverError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            _log.error("bundles not taken up: what was served goes on", extra={"reason": reason})
+            await asyncio.sleep(_READ_AGAIN_S)
+            return
+        for failure in failures:
             _log.error("bundle not loaded: what was served goes on", extra={"reason": failure})
         self._generation = generation
 
@@ -212,6 +231,14 @@ class _Kept(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         record.replica = self._replica
         self._lines.append(self.format(record))
+
+
+async def _send_away(send: Send, reason: str) -> None:
+    body = json.dumps({"error": reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _raise_if_refused(judged: Judged) -> None:

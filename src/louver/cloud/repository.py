@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from louver.cloud.batching import Batcher, Workers
 from louver.cloud.models import Model, load_model
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.settings import Batching
-from louver.errors import BundleError, ConfigError
+from louver.errors import BundleError, ConfigError, LouverError
 from louver.signing import Maker
 
 __all__ = ["Repository", "Served", "bundles_in"]
@@ -70,9 +71,10 @@ class Repository:
         self._maker = maker
         self._clock = clock
         self._workers = Workers(self.batching.workers)
+        self._changing = threading.Lock()
         try:
             self._state = _State(folders=self._read({}, failures=None))
-        except (BundleError, ConfigError):
+        except LouverError:
             self._workers.close()
             raise
 
@@ -136,15 +138,18 @@ class Repository:
         for one in before.folders.values():
             if one.model.version not in stays:
                 leaving[one.model.version] = (one, now + self._keep_s)
-        self._state = _State(folders=folders, leaving=leaving)
+        with self._changing:
+            self._state = _State(folders=folders, leaving=leaving)
         return failures
 
     def sweep(self) -> None:
         """Lets go of versions whose time is over, and of their memory once nothing is in flight."""
-        state, now = self._state, self._clock()
-        if any(until <= now for _, until in state.leaving.values()):
-            leaving = {version: pair for version, pair in state.leaving.items() if now < pair[1]}
-            self._state = _State(folders=state.folders, leaving=leaving)
+        now = self._clock()
+        with self._changing:  # what a thread has just read again must not be lost
+            state = self._state
+            if any(until <= now for _, until in state.leaving.values()):
+                leaving = {version: pair for version, pair in state.leaving.items() if now < pair[1]}
+                self._state = _State(folders=state.folders, leaving=leaving)
 
     def _read(self, before: Mapping[Path, Served], *, failures: list[str] | None) -> dict[Path, Served]:
         """Folder -> model. With a list for failures, each goes there and `before` fills its place."""
@@ -153,7 +158,7 @@ class Repository:
         for path in self._paths:
             try:
                 folders = bundles_in(path)
-            except BundleError as error:
+            except LouverError as error:
                 if failures is None:
                     raise
                 failures.append(str(error))
@@ -162,7 +167,7 @@ class Repository:
             for folder in folders:
                 try:
                     model = load_model(folder, threads=self.batching.threads, maker=self._maker)
-                except (BundleError, ConfigError) as error:  # the maker's key may be gone
+                except LouverError as error:  # the maker's key may be gone as well
                     if failures is None:
                         raise
                     failures.append(str(error))

@@ -1,6 +1,8 @@
 """The same server over gRPC: `inference.GRPCInferenceService`, registered by path.
 
 Messages are parsed here and not by the library, so that one which does not parse is the client's mistake and not ours.
+They are also read here: to a client, a call that streams one message is the same as one that does not, but its handler
+is called before the message is there. So whoever holds no token sends none, and the others must in time.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from louver.cloud.protocol import MOST_ID, Call, check_feature, check_rows, mode
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.service import GONE, Request, Service
 from louver.cloud.settings import Limits
+from louver.cloud.within import Within
 from louver.errors import ConfigError
 
 __all__ = ["create_rpc_server"]
@@ -35,6 +38,7 @@ _STATUS = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
@@ -45,27 +49,66 @@ _SPARE_BYTES = 2**16
 _ID_TAG, _TENSOR_TAG = 0x1A, 0x3A
 _HEAD_TAGS = (0x0A, 0x12, 0x22, 0x2A, 0x32)
 
+_STREAMS = 128
+"""Calls at a time on one connection; a client's library lets the next one wait."""
+
+_STRANGERS = 4
+"""Messages that are read at a time for those who were not asked for a token."""
+
 Context = Any  # grpc.aio.ServicerContext, which has no types
-Handler = Callable[[Service, bytes, Context], Awaitable[bytes]]
+Read = Callable[[], Awaitable[bytes]]
+"""The message of a call, once it is there.
+
+Raises:
+    Refusal: 408 it took too long, 503 too many others did, 400 there is none.
+"""
+
+Handler = Callable[[Service, Read, Context], Awaitable[bytes]]
 
 
-def create_rpc_server(service: Service, address: str, certificates: Certificates | None) -> tuple[Any, int]:
+def create_rpc_server(
+    service: Service,
+    address: str,
+    certificates: Certificates | None,
+    *,
+    connections: int = 1024,
+    head_s: float = 10.0,
+    idle_s: float = 75.0,
+) -> tuple[Any, int]:
     """A gRPC server on `address`, not yet started, and its port. It must be made in the event loop of its service.
+
+    connections: as many, and as many calls over all of them. head_s: for a handshake. idle_s: without a call.
 
     Raises:
         ConfigError: the address is taken, or a certificate cannot be used.
     """
     limits = service.settings.limits
+    # Of a client that takes no answers the library knows nothing: it ends with its connection, which has its time.
+    silent_s = limits.body_s + limits.answer_s
+    most_bytes = limits.body_bytes + _SPARE_BYTES
     options = [
         # The library checks the size of what it has decompressed as well.
-        ("grpc.max_receive_message_length", limits.body_bytes + _SPARE_BYTES),
+        ("grpc.max_receive_message_length", most_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),  # two servers on one port would share its requests without a word
-        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.max_concurrent_streams", _STREAMS),
+        ("grpc.server_handshake_timeout_ms", _ms(head_s)),
+        ("grpc.max_connection_idle_ms", _ms(idle_s)),
+        ("grpc.max_connection_age_ms", _ms(10 * silent_s)),
+        ("grpc.max_connection_age_grace_ms", _ms(2 * silent_s)),
+        ("grpc.keepalive_time_ms", _ms(limits.answer_s)),
+        ("grpc.keepalive_timeout_ms", _ms(limits.answer_s)),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
-    server = grpc.aio.server(options=options)
-    handlers = {name: _unary(service, handler) for name, handler in _HANDLERS.items()}
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=connections)
+    # The library gathers a message whole before anybody may look at it, and takes twice its size for that.
+    known = asyncio.Semaphore(max(1, limits.held_bytes // (2 * most_bytes)))
+    strangers = asyncio.Semaphore(_STRANGERS)
+    handlers = {
+        name: _unary(service, handler, known if handler in _FOR_TOKENS else strangers)
+        for name, handler in _HANDLERS.items()
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     try:
         if certificates is None:
@@ -79,10 +122,17 @@ def create_rpc_server(service: Service, address: str, certificates: Certificates
     return server, port
 
 
-def _unary(service: Service, handler: Handler) -> Any:  # noqa: ANN401 - grpc has no types
-    async def handle(content: bytes, context: Context) -> bytes:
+def _ms(seconds: float) -> int:
+    return min(2**31 - 1, max(1, int(1000 * seconds)))
+
+
+def _unary(service: Service, handler: Handler, turns: asyncio.Semaphore) -> Any:  # noqa: ANN401 - grpc has no types
+    async def handle(_: object, context: Context) -> bytes:
+        async def read() -> bytes:
+            return await _message(context, turns, service.settings.limits.body_s)
+
         try:
-            return await handler(service, content, context)
+            return await handler(service, read, context)
         except Refusal as refusal:
             trailers = []
             if refusal.retry_after_s is not None:
@@ -91,7 +141,25 @@ def _unary(service: Service, handler: Handler) -> Any:  # noqa: ANN401 - grpc ha
             await context.abort(status, refusal.reason, tuple(trailers))
             raise
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    return grpc.stream_unary_rpc_method_handler(handle)
+
+
+async def _message(context: Context, turns: asyncio.Semaphore, within_s: float) -> bytes:
+    """The message of a call, read when it is its turn."""
+    is_its_turn = False
+    try:
+        with Within(within_s):
+            async with turns:
+                is_its_turn = True
+                content = await context.read()
+    except TimeoutError as error:
+        if not is_its_turn:
+            raise Refusal(503, "too many messages at once", retry_after_s=1.0) from error
+        raise Refusal(408, f"the message took more than {within_s:g} s") from error
+    if content is grpc.aio.EOF:
+        raise Refusal(400, "expected a message, got none")
+    found: bytes = content
+    return found
 
 
 def _parsed(kind: Any, content: bytes) -> Any:  # noqa: ANN401 - generated
@@ -112,16 +180,16 @@ def _metadata(context: Context, name: str) -> bytes | None:
     return None
 
 
-async def _live(service: Service, content: bytes, context: Context) -> bytes:
+async def _live(service: Service, read: Read, context: Context) -> bytes:
     return _dump(messages.ServerLiveResponse(live=True))
 
 
-async def _ready(service: Service, content: bytes, context: Context) -> bytes:
+async def _ready(service: Service, read: Read, context: Context) -> bytes:
     return _dump(messages.ServerReadyResponse(ready=service.is_ready))
 
 
-async def _model_ready(service: Service, content: bytes, context: Context) -> bytes:
-    asked = _parsed(messages.ModelReadyRequest, content)
+async def _model_ready(service: Service, read: Read, context: Context) -> bytes:
+    asked = _parsed(messages.ModelReadyRequest, await read())
     try:
         service.repository.find(asked.name, asked.version)
     except Refusal:
@@ -129,27 +197,29 @@ async def _model_ready(service: Service, content: bytes, context: Context) -> by
     return _dump(messages.ModelReadyResponse(ready=service.is_ready))
 
 
-async def _server(service: Service, content: bytes, context: Context) -> bytes:
+async def _server(service: Service, read: Read, context: Context) -> bytes:
     service.identify(_authorization(context))
     found = messages.ServerMetadataResponse(name="louver", version=version_of("louver"), extensions=EXTENSIONS)
     return _dump(found)
 
 
-async def _model(service: Service, content: bytes, context: Context) -> bytes:
+async def _model(service: Service, read: Read, context: Context) -> bytes:
     service.identify(_authorization(context))
-    asked = _parsed(messages.ModelMetadataRequest, content)
+    asked = _parsed(messages.ModelMetadataRequest, await read())
     served = service.repository.find(asked.name, asked.version)
     versions = [one.model.version for one in service.repository.current if one.model.name == asked.name]
     return _dump(messages.ModelMetadataResponse(**model_metadata(served.model, versions)))
 
 
-async def _infer(service: Service, content: bytes, context: Context) -> bytes:
-    request = service.begun("grpc", n_bytes=len(content))
+async def _infer(service: Service, read: Read, context: Context) -> bytes:
+    request = service.begun("grpc")
     if service.traces is not None:
         request.traceparent = _metadata(context, "traceparent")
     try:
-        service.hold(request, 2 * len(content))  # the message, and what is parsed of it
         await service.admit(request, _authorization(context))
+        content = await read()
+        request.n_bytes = len(content)
+        service.hold(request, 2 * len(content))  # the message, and what is parsed of it
         parts = _parts(content)
         call = _known_call(service, request, parts) if parts is not None else None
         if call is None:
@@ -311,3 +381,4 @@ _HANDLERS: dict[str, Handler] = {
     "ModelMetadata": _model,
     "ModelInfer": _infer,
 }
+_FOR_TOKENS = (_server, _model, _infer)

@@ -17,6 +17,7 @@ import uvicorn
 from louver.cloud.app import App, Receive, Scope, Send
 from louver.cloud.certificates import Certificates
 from louver.cloud.connections import GuardedProtocol, sweep
+from louver.cloud.logs import told_if_ended
 from louver.cloud.metrics import CONTENT_TYPE
 from louver.cloud.models import Model
 from louver.cloud.rpc import create_rpc_server
@@ -133,11 +134,18 @@ async def serve(app: App, listening: Listening, *, started: Callable[[Addresses]
 
             metrics = await stack.enter_async_context(serve_metrics(listening.metrics_port, text))
         if listening.grpc_port is not None:
-            rpc, port = create_rpc_server(service, f"{host}:{listening.grpc_port}", certificates)
+            rpc, port = create_rpc_server(
+                service,
+                f"{host}:{listening.grpc_port}",
+                certificates,
+                connections=listening.connections,
+                head_s=listening.head_s,
+                idle_s=_IDLE_S,
+            )
             await rpc.start()
             rpc_address = f"{host}:{port}"
         running = loop.create_task(server.serve([rest_socket]))
-        sweeping = loop.create_task(_sweep(service, server, listening, certificates))
+        sweeping = told_if_ended(_sweep(service, server, listening, certificates), what="looking after connections")
         signals = _Signals(service, certificates)
         with signals.taken(loop):
             while not server.started:
@@ -199,7 +207,7 @@ class _Signals:
         if self._reload is not None and not self._reload.done():
             self._is_asked_again = True  # what is being read now may be older than this signal
         else:
-            self._reload = asyncio.get_running_loop().create_task(self._run())
+            self._reload = told_if_ended(self._run(), what="reading bundles")
 
     async def _run(self) -> None:
         repository = self._service.repository

@@ -135,10 +135,10 @@ class Service:
         """
         return self.clients.identify(authorization) if self.clients is not None else ANYONE
 
-    def begun(self, protocol: str, *, n_bytes: int = 0) -> Request:
+    def begun(self, protocol: str) -> Request:
         """A request for scores that has just come; `ended` must follow, whatever becomes of it."""
         self._n_open += 1
-        return Request(protocol, n_bytes=n_bytes)
+        return Request(protocol)
 
     async def admit(self, request: Request, authorization: bytes | None) -> None:
         """Who asks, and whether now: all that can be refused before anything else is read.
@@ -167,6 +167,9 @@ class Service:
     async def submit(self, request: Request, call: Call, content: bytes) -> asyncio.Future[NDArray[np.float32]]:
         """A future of the scores; cancelled, it is dropped. `content`: the body as it came, to know a repetition by.
 
+        What is charged for it is put back if it is refused here, and if the network fails; not if its scores are no
+        numbers, since it was computed then.
+
         Raises:
             Refusal: 403 the budget is spent, 503 too many wait. The future: 500 the network failed.
         """
@@ -185,10 +188,18 @@ class Service:
             _log.error("budgets not written", extra={"reason": str(error)})
             raise Refusal(503, "the server cannot write down budgets", retry_after_s=5.0) from error
         try:
-            return self._run(request, request.served, call)
+            scores = self._run(request, request.served, call)
         except Refusal:
             put_back()
             raise
+
+        def settle(scores: asyncio.Future[NDArray[np.float32]]) -> None:
+            # Not when the client has left: what is computed by then it could have had.
+            if not scores.cancelled() and scores.exception() is not None:
+                put_back()
+
+        scores.add_done_callback(settle)
+        return scores
 
     def _run(self, request: Request, served: Served, call: Call) -> asyncio.Future[NDArray[np.float32]]:
         timed = request.timed if self.traces is not None else None

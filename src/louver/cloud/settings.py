@@ -42,9 +42,10 @@ class Batching:
 class Limits:
     """What one request may cost, and all of them together.
 
-    body_bytes: as received. decoded_bytes: after decompression. header_bytes: the JSON before a binary tensor.
-    json_bytes: a body whose tensor is written as JSON, which costs many times its size. rows: images in one request.
-    held_bytes: bodies of all requests at one moment. body_s: to send a body. answer_s: to take an answer.
+    body_bytes: as received; over gRPC, after decompression as well. decoded_bytes: after decompression.
+    header_bytes: the JSON before a binary tensor. json_bytes: a body whose tensor is written as JSON, which costs many
+    times its size. rows: images in one request. held_bytes: bodies of all requests at one moment. body_s: to send a
+    body. answer_s: to take an answer.
     """
 
     body_bytes: int = 16 * _MB
