@@ -124,6 +124,33 @@ def test_bytes_are_asked_for_by_output_or_by_request(place):
         assert ("inference-header-content-length" in found.headers) == is_binary, extra
 
 
+def test_parameters_that_some_clients_send_have_no_effect(place):
+    feature, more = features(2), {"priority": 9, "timeout": 1}
+    head = head_of(feature, parameters={"binary_data_size": feature.nbytes, **more})
+    head["outputs"][0]["parameters"] |= more
+    found = place.ask(infer_path(place.toy), *binary({**head, "parameters": more}, feature.tobytes()))
+    np.testing.assert_allclose(found.scores, truth(place.toy, feature), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("parts", "status"), [(64, 200), (65, 400)])
+def test_as_many_frames_as_the_document_says(place, parts, status):
+    body, headers = asking(features(2))
+    headers["content-encoding"] = "zstd"
+    skippable = b"\x50\x2a\x4d\x18" + (1).to_bytes(4, "little") + b"x"
+    found = place.ask(infer_path(place.toy), zstandard.compress(body) + skippable * (parts - 1), headers)
+    assert found.status == status
+
+
+@pytest.mark.parametrize(("flushes", "words"), [(4098, "does not parse"), (4099, "more blocks than its size needs")])
+def test_a_stream_that_is_flushed_as_often_as_the_document_says(place, flushes, words):
+    """4,096 blocks, and one for each 8 KiB of 30,000 bytes: 4,099, the last of which ends the frame."""
+    stream = zstandard.ZstdCompressor().compressobj()
+    parts = (stream.compress(b"a") + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for _ in range(flushes))
+    found = place.ask(infer_path(place.toy), b"".join(parts) + stream.flush(), {"content-encoding": "zstd"})
+    assert found.status == 400
+    assert words in found.error
+
+
 def test_scores_do_not_depend_on_the_company(place):
     """Forty requests of different sizes at once, and each alone."""
     sent = [features(1 + i % 7, seed=i) for i in range(40)]

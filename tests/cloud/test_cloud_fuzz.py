@@ -293,6 +293,32 @@ def test_messages_are_refused_with_a_reason_or_right(place, method):
     assert app.service.held_bytes == 0
 
 
+def test_a_network_that_fails_is_told_as_internal(place, monkeypatch):
+    _, app = place
+
+    def fails(feature: np.ndarray) -> np.ndarray:
+        raise RuntimeError("what it holds is for nobody")
+
+    monkeypatch.setattr(app.service.repository.find("toy", None).batcher, "_network", fails)
+    handle = rpc._unary(app.service, rpc._HANDLERS["ModelInfer"], asyncio.Semaphore(7)).stream_unary
+    context = Context(message(1))
+    with pytest.raises(Ended):
+        asyncio.run(handle(None, context))
+    assert context.told == (grpc.StatusCode.INTERNAL, "the network failed on this request")
+
+
+def test_harmless_parameters_of_a_message_have_no_effect(place):
+    _, app = place
+    handle = rpc._unary(app.service, rpc._HANDLERS["ModelInfer"], asyncio.Semaphore(7)).stream_unary
+    asked = messages.ModelInferRequest.FromString(message(1))
+    for where in (asked.parameters, asked.inputs[0].parameters):
+        for name in ("binary_data", "binary_data_output", "priority", "timeout"):
+            where[name].int64_param = 7
+    found = asyncio.run(handle(None, Context(asked.SerializeToString())))
+    without = asyncio.run(handle(None, Context(message(1))))
+    assert found == without
+
+
 def test_messages_over_a_connection(place):
     _, app = place
     codes = Counter()
