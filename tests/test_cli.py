@@ -205,7 +205,8 @@ def test_bad_input_is_one_message_and_exit_code_two(
     assert printed.out == ""
 
 
-def test_interrupted_it_says_how_to_go_on_and_goes_on(here: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
+def test_interrupted_it_says_how_to_go_on_and_goes_on(here: Path, how: signal.Signals) -> None:
     """A real Ctrl-C in a real process: exit code 130, finished parts kept, the rest done on resume."""
     endless = {"steps": 100000, "tolerance": 0.0, "restarts": 100000}
     (here / "long.toml").write_text(tomli_w.dumps(TABLE | {"attacks": TABLE["attacks"] | {"likelihood": endless}}))
@@ -223,7 +224,7 @@ def test_interrupted_it_says_how_to_go_on_and_goes_on(here: Path) -> None:
     while not kept.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.2)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "--resume" in err

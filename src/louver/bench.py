@@ -24,6 +24,7 @@ import torch
 from louver.cut import split
 from louver.defenses import NoDefense
 from louver.defenses.channels import edge_digest
+from louver.devices import n_cores
 from louver.errors import ConfigError, LouverError, nearest
 from louver.hardening import Origin, describe
 from louver.storage import write_json
@@ -137,7 +138,7 @@ def _run_together(
     Raises:
         LouverError: a cell failed; the others that had begun are stopped, and what they finished is kept.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, n_cores() // jobs))}
     waiting, running = list(cells), dict[str, subprocess.Popen[bytes]]()
     try:
         while waiting or running:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -50,6 +51,8 @@ _DEMO_IMAGES = 200
 def main() -> None:
     """Runs the command line and turns every refusal into one clear message."""
     errors = Console(stderr=True, soft_wrap=True)
+    # Who runs it as a job ends it so. What was begun (other processes, a run in MLflow) is then ended in order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # Without standalone mode click returns the code of `typer.Exit` and raises the rest for us to word.
         code = app(standalone_mode=False)

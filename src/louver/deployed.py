@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from louver.bundle import EDGE, Bundle, Serving
 from louver.bundle import Noise as NoiseInput
 from louver.cut import Split
+from louver.devices import n_cores
 from louver.quantizing import Dequantize, Quantize, rounded
 from louver.stochastic import laplace_like, stochastic_layers
 
@@ -28,7 +28,7 @@ class Session:
 
     def __init__(self, graph: bytes) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        options.intra_op_num_threads = n_cores()
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self.digest = hashlib.sha256(graph).digest()
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
-__all__ = ["has_fast_bfloat16"]
+__all__ = ["has_fast_bfloat16", "n_cores"]
+
+
+def n_cores() -> int:
+    """How many this process may use; all there are, where the system keeps no such list."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

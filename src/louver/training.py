@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from louver.checkpoints import cloned, read_checkpoint, restore_optimizer, write_checkpoint
 from louver.cut import Split
 from louver.defenses.base import Batch, Pressure
-from louver.devices import has_fast_bfloat16
+from louver.devices import has_fast_bfloat16, n_cores
 from louver.errors import ConfigError, DataError, nearest
 from louver.parallel import Tell, messages_of
 from louver.stochastic import drawing_from
@@ -261,7 +260,7 @@ class _Job:
 def _check_devices(device: torch.device, devices: int, config: Training) -> None:
     if devices == 1:
         return
-    there = {"cuda": torch.cuda.device_count(), "cpu": os.cpu_count() or 1}.get(device.type, 1)
+    there = {"cuda": torch.cuda.device_count(), "cpu": n_cores()}.get(device.type, 1)
     if not 1 <= devices <= there:
         raise ConfigError(
             f"devices: expected 1 to {there}, which is what this machine has of {device.type}, got {devices}"
