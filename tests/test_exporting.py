@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -166,6 +167,15 @@ def test_a_bundle_answers_as_its_split(run: Path, bundle: Path) -> None:
     )
     assert set(found.record["utility"]) == {"split", "bundle", "head"}
     assert len(found.serving.labels) == 6
+
+
+def test_every_key_of_the_record_is_documented(bundle: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "bundles.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \| ", page.split("`record` may grow")[1].split("\n## ")[0], re.MULTILINE)
+    record = read_bundle(bundle).record
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(record)
+    files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert set(record["kept"]) == files - {"manifest.json", EDGE, CLOUD, HEAD}
 
 
 def test_what_is_audited_is_what_is_sent(bundle: Path, tmp_path: Path) -> None:
