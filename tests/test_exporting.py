@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
-from louver.bundle import CLOUD, EDGE, HEAD, read_bundle
+from louver.bundle import CLOUD, EDGE, HEAD, file_hash, read_bundle
 from louver.cli import main
 from louver.config import read_experiment
 from louver.deployed import DeployedEdge, Session, deployed
@@ -165,6 +167,15 @@ def test_a_bundle_answers_as_its_split(run: Path, bundle: Path) -> None:
     )
     assert set(found.record["utility"]) == {"split", "bundle", "head"}
     assert len(found.serving.labels) == 6
+
+
+def test_every_key_of_the_record_is_documented(bundle: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "bundles.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \| ", page.split("`record` may grow")[1].split("\n## ")[0], re.MULTILINE)
+    record = read_bundle(bundle).record
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(record)
+    files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert set(record["kept"]) == files - {"manifest.json", EDGE, CLOUD, HEAD}
 
 
 def test_what_is_audited_is_what_is_sent(bundle: Path, tmp_path: Path) -> None:
@@ -377,6 +388,44 @@ def test_a_network_that_answers_with_one_number_is_refused(
     monkeypatch.setattr("louver.exporting.load_run", lambda *_, **__: whole)
     with pytest.raises(CutError, match=r"two numbers or more an image, got \(2, 1\)"):
         export_run(run, tmp_path / "b", has_audit=False)
+
+
+@pytest.mark.filterwarnings("ignore")  # of executorch's own imports
+def test_the_executorch_program_sends_what_the_split_sends(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("executorch.runtime", reason="executorch is not installed: louver[executorch]")
+    from executorch.runtime import Runtime
+
+    options = ExportOptions(has_executorch=True)
+    found = export_run(run, tmp_path / "b", cut="stage2", options=options, has_audit=False)
+    assert found.record["kept"]["edge.pte"] == file_hash(found.folder / "edge.pte")
+    program = Runtime.get().load_program(found.folder / "edge.pte").load_method("forward")
+    whole = load_run(run, cut="stage2")
+    quantize, _ = _scales(found, whole.halves)
+    assert quantize is not None
+    for i in range(5):
+        image = torch.from_numpy(whole.roles.test.floats(slice(i, i + 1)))
+        (got,) = program.execute([image])
+        with torch.no_grad():
+            expected = quantize(whole.halves.edge(image))
+        assert (got.dtype, got.shape) == (torch.uint8, (1, *found.serving.feature_shape))
+        off = (got.int() - expected.int()).abs()
+        # Where float32 falls on the border between two steps, either is right.
+        assert int(off.max()) <= 1
+        assert float((off > 0).float().mean()) < 0.01
+
+
+def test_without_executorch_nothing_is_exported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+    monkeypatch.setitem(sys.modules, "executorch.backends.xnnpack.partition.xnnpack_partitioner", None)
+    words = ("export", run, "-o", tmp_path / "b", "--cut", "stage2", "--no-audit", "--executorch")
+    monkeypatch.setattr("sys.argv", ["louver", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "pip install 'louver[executorch]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_head_needs_pictures_to_learn_from(run: Path, tmp_path: Path) -> None:
