@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import stat
@@ -198,6 +199,8 @@ def test_the_commands_ask_for_the_identity_of_the_maker(
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> object:
+    # `serve` sets up the log of its process, which here goes on to other tests.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr("sys.argv", ["louver", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         main()

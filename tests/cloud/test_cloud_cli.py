@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -26,6 +27,8 @@ def run(tmp_path, monkeypatch, capsys):
     """Runs `louver` with some words; gives exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    # `serve` sets up the log of its process, which here goes on to other tests.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
     def louver(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["louver", *words])
