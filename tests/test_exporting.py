@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -398,6 +399,12 @@ def test_the_executorch_program_sends_what_the_split_sends(run: Path, tmp_path: 
     options = ExportOptions(has_executorch=True)
     found = export_run(run, tmp_path / "b", cut="stage2", options=options, has_audit=False)
     assert found.record["kept"]["edge.pte"] == file_hash(found.folder / "edge.pte")
+    same = found.record["equivalence_executorch"]
+    assert same["images"] == found.record["equivalence"]["images"]
+    assert same["agreement"] >= 0.995
+    assert same["relative_feature_error"] == pytest.approx(
+        found.record["equivalence"]["relative_feature_error"], rel=0.05
+    )
     program = Runtime.get().load_program(found.folder / "edge.pte").load_method("forward")
     whole = load_run(run, cut="stage2")
     quantize, _ = _scales(found, whole.halves)
@@ -412,6 +419,24 @@ def test_the_executorch_program_sends_what_the_split_sends(run: Path, tmp_path: 
         # Where float32 falls on the border between two steps, either is right.
         assert int(off.max()) <= 1
         assert float((off > 0).float().mean()) < 0.01
+
+
+def test_an_executorch_program_that_sends_something_else_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever makes and runs such programs: here one that sends every picture's feature upside down."""
+    whole = load_run(run, cut="stage2")
+    monkeypatch.setattr("louver.exporting.to_executorch", lambda *_: b"a program")
+
+    def program(content: bytes) -> Callable[[Sequence[Tensor]], Tensor]:
+        assert content == b"a program"
+        return lambda inputs: whole.halves.edge(inputs[0]).flip(1)
+
+    monkeypatch.setattr("louver.exporting.executorch_program", program)
+    options = ExportOptions(has_executorch=True, encoding="float32")
+    with pytest.raises(BundleError, match="do not answer as the split does"):
+        export_run(run, tmp_path / "b", cut="stage2", options=options, has_audit=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_executorch_nothing_is_exported(

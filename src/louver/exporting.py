@@ -37,7 +37,7 @@ from louver.deployed import Session, deployed, drawn
 from louver.errors import BundleError, ConfigError, CutError, DataError
 from louver.experiment import Run, audit_run, load_run
 from louver.graphs import Given, given_noise, to_onnx
-from louver.mobile import to_executorch
+from louver.mobile import executorch_program, to_executorch
 from louver.probes.tail import small_tail, train_tail
 from louver.quantizing import Dequantize, Quantize, fit_quantization
 from louver.signing import SIGNATURE
@@ -271,8 +271,13 @@ def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOp
     )
     tell("comparing with the split", 0.22)
     network = _Bundled(graphs, serving)
-    same = _equivalence(halves, edge, network, dequantize, roles.test, options, run.task)
+    test = roles.test.take(slice(0, 1000))
+    same = _equivalence(halves, edge, network, dequantize, test, options, run.task)
     record = _record(run, serving, options, same, network, len(calibration))
+    if options.has_executorch:
+        tell("comparing the ExecuTorch program", 0.24)
+        programmed = _Programmed((made / PROGRAM).read_bytes(), network)
+        record["equivalence_executorch"] = _equivalence(halves, edge, programmed, dequantize, test, options, run.task)
     _keep_origin(run, run_folder, made / ORIGIN, quantize)
     return _sealed(made, name, serving, record)
 
@@ -373,6 +378,17 @@ class _Bundled(nn.Module):
         return torch.from_numpy(self.cloud.run({"feature": sent}))
 
 
+class _Programmed:
+    """The ExecuTorch program in the place of the edge's graph; it takes one image at a time."""
+
+    def __init__(self, program: bytes, network: _Bundled) -> None:
+        self._run, self.cloud = executorch_program(program), network.cloud
+
+    def sent(self, images: Tensor, noise: dict[str, NDArray[np.float32]]) -> NDArray[Any]:
+        given = images, *map(torch.from_numpy, noise.values())
+        return torch.cat([self._run([one[i : i + 1] for one in given]) for i in range(len(images))]).numpy()
+
+
 class _Local(nn.Module):
     """What the device answers alone."""
 
@@ -388,13 +404,13 @@ class _Local(nn.Module):
 def _equivalence(
     halves: Split,
     edge: Given,
-    network: _Bundled,
+    network: _Bundled | _Programmed,
     dequantize: Dequantize | None,
     images: Images,
     options: ExportOptions,
     task: Task | None,
 ) -> dict[str, Any]:
-    """How far the graphs are from the split on test images, under the same noise.
+    """How far the graphs (or the program and the cloud's graph) are from the split on images, under the same noise.
 
     Raises:
         BundleError: too far.
@@ -403,7 +419,7 @@ def _equivalence(
     off, whole, sizes = 0.0, 0.0, list[int]()
     compressor = zstandard.ZstdCompressor(level=1)
     with torch.no_grad(), drawing_from(options.seed + 1):
-        for part in _batches(images.take(slice(0, 1000))):
+        for part in _batches(images):
             noise = _noise(edge, len(part))
             features = edge(part, *map(torch.from_numpy, noise.values()))
             expected = halves.cloud(features)
