@@ -277,7 +277,7 @@ def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOp
     if options.has_executorch:
         tell("comparing the ExecuTorch program", 0.24)
         programmed = _Programmed((made / PROGRAM).read_bytes(), network)
-        record["equivalence_executorch"] = _equivalence(halves, edge, programmed, dequantize, test, options, run.task)
+        same["executorch"] = _equivalence(halves, edge, programmed, dequantize, test, options, run.task)
     _keep_origin(run, run_folder, made / ORIGIN, quantize)
     return _sealed(made, name, serving, record)
 
