@@ -399,7 +399,7 @@ def test_the_executorch_program_sends_what_the_split_sends(run: Path, tmp_path: 
     options = ExportOptions(has_executorch=True)
     found = export_run(run, tmp_path / "b", cut="stage2", options=options, has_audit=False)
     assert found.record["kept"]["edge.pte"] == file_hash(found.folder / "edge.pte")
-    same = found.record["equivalence_executorch"]
+    same = found.record["equivalence"]["executorch"]
     assert same["images"] == found.record["equivalence"]["images"]
     assert same["agreement"] >= 0.995
     assert same["relative_feature_error"] == pytest.approx(
