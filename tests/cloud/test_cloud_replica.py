@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import importlib
+import json
 import logging
 import sys
 import time
@@ -81,7 +82,6 @@ class Place:
         self.keeper = Keeper([folder / "b"], Settings(tokens=self.file), keep_s=60)
         self.actor = Actor(self.keeper)
         self.replica = module.Replica(self.actor, Limits(), Batching(workers=1, threads=1), 60.0)
-        self.replica._app.service.lines.write = lambda line: None
 
     def begin(self) -> None:
         self.app = self.replica.__serve_build_asgi_app__()
@@ -171,6 +171,23 @@ def test_a_replica_without_its_keeper_answers_503_whatever_the_cause(place, modu
         await place.close()
 
     asyncio.run(work())
+
+
+def test_the_line_of_a_request_reaches_the_keeper(place, capfd):
+    async def work() -> list[str]:
+        place.begin()
+        assert (await place.ask()).status == 200
+        await place.until_said('"infer"')
+        while place.replica._lines:
+            await asyncio.sleep(0.02)
+        lines = (await place.keeper.look()).lines
+        await place.close()
+        return [one for one in lines if '"infer"' in one]
+
+    (line,) = asyncio.run(work())
+    told = json.loads(line)
+    assert (told["replica"], told["client"], told["rows"], told["status"]) == ("a" * 12, "stays", 2, 200)
+    assert "infer" not in capfd.readouterr().err  # where nobody would find it
 
 
 def test_a_bundle_that_was_written_half_is_written_again(place, module, tmp_path):

@@ -65,6 +65,7 @@ class Replica:
         clients = Clients(None) if news.clients is not None else None
         common = Common(clients=clients, admit=self._admit, charge=self._charge)
         self._app: App = create_app(self._repository, Settings(limits=limits), common=common)
+        self._app.service.lines.write = self._keep_line
         self._in_flight = 0
         self._is_closing = False
         self._heard = self._measured = time.monotonic()
@@ -190,6 +191,10 @@ class Replica:
         for failure in failures:
             _log.error("bundle not loaded: what was served goes on", extra={"reason": failure})
         self._generation = generation
+
+    def _keep_line(self, line: str) -> None:
+        """Keeps the line of a request, which no logger makes, beside those of the log."""
+        self._lines.append(f'{line.rstrip().removesuffix("}")}, "replica": "{self._name}"}}')
 
     def _keep_log(self) -> None:
         handler = _Kept(self._lines, self._name)
