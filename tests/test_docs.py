@@ -356,6 +356,17 @@ def test_tables_of_defenses_are_those_that_were_recorded():
         assert printed in shown, f"docs/hardening.md does not show the table that `{' '.join(command[1:])}` prints"
 
 
+def test_bytes_beside_the_pictures_were_recorded():
+    shown = (ROOT / "docs/bundles.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks/results/wire.json").read_text(encoding="utf-8"))
+    for name, label in (("cifar10", "CIFAR-10"), ("vehicles", "Vehicles")):
+        for kind, one in found[name]["encodings"].items():
+            sizes = f"{one['compressed bytes']:,.0f} ({one['sent bytes']:,.0f})"
+            assert f"| {label} | feature, {kind} | {sizes} | {one['utility']:.3f} |" in shown
+        for kind, one in found[name]["pictures"].items():
+            assert f"| {label} | {kind} | {one['bytes']:,.0f} | {one['mean']:.3f} |" in shown
+
+
 def test_what_is_told_of_claims_was_recorded():
     shown = " ".join((ROOT / "docs/hardening.md").read_text(encoding="utf-8").split())
     claims = json.loads((ROOT / "benchmarks/results/claims-laptop.json").read_text(encoding="utf-8"))["claims"]
