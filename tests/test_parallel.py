@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -148,24 +149,31 @@ def test_patrol_is_hardened_by_two(tmp_path: Path) -> None:
     )
     halves = split(net, "5", torch.from_numpy(images.floats(slice(0, 2))))
     told: list[int] = []
+    terms: dict[str, float] = {}
+
+    def log(epoch: int, figures: Mapping[str, float]) -> None:
+        told.append(epoch)
+        terms.update(figures)
+
     hard = harden(
         halves,
         Classification("kind", 3),
         images,
         validation,
-        PATROL(target_share=0.6),
+        PATROL(is_pruned=False),
         config=Training(epochs=2, batch_size=32),
         folder=tmp_path,
         devices=N,
-        log=lambda epoch, figures: told.append(epoch),
+        log=log,
     )
     assert told == [1, 2]
-    assert hard.cut.cost.edge.macs <= 0.6 * halves.cut.cost.edge.macs
+    assert {"lipschitz", "adversary"} <= set(terms)
+    assert any(not torch.equal(a, b) for a, b in zip(hard.parameters(), halves.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
     ("devices", "batch_size", "message"),
-    [(10_000, 16, "as many as there are here"), (0, 16, "expected 1 to"), (N, 3, "a batch_size of 4 or more")],
+    [(10_000, 16, "which is what this machine has"), (0, 16, "expected 1 to"), (N, 3, "a batch_size of 4 or more")],
 )
 def test_more_than_there_is_is_refused(devices: int, batch_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
