@@ -374,10 +374,10 @@ def test_answers_that_only_point_the_same_way_are_not_equal(
     monkeypatch.setattr(Session, "run", slightly_off)
     with pytest.raises(BundleError, match=rf"expected {what} of 99\.50% .* on 40 test images, got 92\.50%"):
         export_run(folder, tmp_path / "c", has_audit=False)
-    options = ExportOptions(min_agreement=0.9)
-    same = export_run(folder, tmp_path / "c", options=options, has_audit=False).record["equivalence"]
-    assert (same["measure"], same["agreement"]) == (what, pytest.approx(0.925))
     if model:
+        options = ExportOptions(min_agreement=0.9)
+        same = export_run(folder, tmp_path / "c", options=options, has_audit=False).record["equivalence"]
+        assert (same["measure"], same["agreement"]) == (what, pytest.approx(0.925))
         assert same["agreements"]["equal answers for body"] == 1
 
 
