@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from common import RESULTS, record, strongest
-from louver.measures.difficulty import Factors, inversion_difficulty, order_agreement
+from louver.measures.difficulty import inversion_difficulty, order_agreement, recorded_factors
 
 Cell = dict[str, Any]
 INFORMATION = ("mine", "entropy", "effective_volume")
@@ -170,20 +170,12 @@ def order(cells: dict[str, Cell]) -> dict[str, Any]:
     directions where a cell has none that is ever 0.
     """
     base = max((one for one in cells.values() if one["defense"] == "none"), key=lambda one: leak(one, "ssim")["mean"])
-    has_zeros = all(
-        one["information"]["effective_volume"]["mean"] < one["feature_bytes"] / FLOAT_BYTES for one in cells.values()
+    factors = recorded_factors(
+        [{name: figure["mean"] for name, figure in one["information"].items()} for one in cells.values()],
+        [one["feature_bytes"] // FLOAT_BYTES for one in cells.values()],
     )
-
-    def factors(cell: Cell) -> Factors:
-        held = cell["information"]
-        return Factors(
-            mutual_information=held["mine"]["mean"],
-            entropy=held["entropy"]["mean"],
-            volume=held["effective_volume" if has_zeros else "effective_dimensions"]["mean"],
-            volume_by="nonzero" if has_zeros else "dimensions",
-        )
-
-    found = {name: inversion_difficulty(factors(cell), factors(base)) for name, cell in cells.items()}
+    reference = factors[list(cells).index(base["name"])]
+    found = {name: inversion_difficulty(one, reference) for name, one in zip(cells, factors, strict=True)}
     agreed = order_agreement(
         [one.score for one in found.values()], [leak(cell, "ssim")["mean"] for cell in cells.values()]
     )
@@ -192,7 +184,7 @@ def order(cells: dict[str, Cell]) -> dict[str, Any]:
         "cells": agreed.n_splits,
         "orders": agreed.orders,
         "next to": base["name"],
-        "volume in": "elements that are not 0" if has_zeros else "directions",
+        "volume in": "elements that are not 0" if reference.volume_by == "nonzero" else "directions",
         "protects by": {name: list(one.protects_by) for name, one in found.items()},
     }
 

@@ -7,7 +7,7 @@ from math import prod
 
 from louver.comparison import UNDEFENDED, Comparison, Entry, Order
 from louver.errors import DataError
-from louver.measures.difficulty import Factors, inversion_difficulty, order_agreement
+from louver.measures.difficulty import inversion_difficulty, order_agreement, recorded_factors
 
 __all__ = ["ordered"]
 
@@ -50,17 +50,9 @@ def _scores(entries: tuple[Entry, ...], base: Entry) -> list[float]:
         lacking = [name for name in ("mine", "entropy", "effective_volume") if name not in one.facts.information]
         if lacking:
             raise DataError(f"{one.label} lacks {', '.join(lacking)}")
-    has_zeros = all(one.facts.information["effective_volume"].mean < prod(one.facts.feature_shape) for one in entries)
-    in_directions = not has_zeros and all("effective_dimensions" in one.facts.information for one in entries)
-
-    def factors(one: Entry) -> Factors:
-        held = one.facts.information
-        return Factors(
-            mutual_information=held["mine"].mean,
-            entropy=held["entropy"].mean,
-            volume=held["effective_dimensions" if in_directions else "effective_volume"].mean,
-            volume_by="dimensions" if in_directions else "nonzero",
-        )
-
-    reference = factors(base)
-    return [inversion_difficulty(factors(one), reference).score for one in entries]
+    factors = recorded_factors(
+        [{name: figure.mean for name, figure in one.facts.information.items()} for one in entries],
+        [prod(one.facts.feature_shape) for one in entries],
+    )
+    reference = factors[entries.index(base)]
+    return [inversion_difficulty(one, reference).score for one in factors]

@@ -202,7 +202,7 @@ def train(
         ConfigError, DataError, StorageError, WeightsError: as `fit`.
     """
     device = torch.device(device)
-    task.targets(images)
+    targets = task.targets(images)
     task.targets(validation)
     if len(images) < 2:
         raise DataError(f"{images.name}: expected 2 images or more to train on, got {len(images)}")
@@ -211,6 +211,7 @@ def train(
         network=network,
         task=task,
         images=images,
+        targets=targets,
         validation=validation,
         pressure=pressure,
         config=config,
@@ -231,7 +232,7 @@ def train(
             told = ", ".join(f"{name} {value:.3f}" for name, value in losses)
             progress(f"epoch {epoch} of {epochs}: {told}, {task.score} {score:.3f} on validation", epoch / epochs)
 
-    best = _best_weights(job, hear) if devices == 1 else _best_weights_of_several(job, hear)
+    best = _best_weights(job, _fabric(job), hear) if devices == 1 else _best_weights_of_several(job, hear)
     # Into a fresh copy: the one that was trained may lie on another device and in another memory format.
     trained = copy.deepcopy(network)
     trained.load_state_dict(best)
@@ -245,6 +246,7 @@ class _Job:
     network: nn.Module
     task: Task
     images: Images
+    targets: Tensor
     validation: Images
     pressure: Pressure
     config: Training
@@ -288,16 +290,13 @@ def _share_of_training(job: _Job, tell: Tell) -> None:
     # What was sent lies in memory that all processes share; the network is copied anyway.
     job = dataclasses.replace(job, pressure=copy.deepcopy(job.pressure))
     fabric = _fabric(job)
-    best = _best_weights(job, lambda epoch, figures: tell((epoch, figures)) if fabric.is_global_zero else None, fabric)
+    best = _best_weights(job, fabric, lambda epoch, figures: tell((epoch, figures)) if fabric.is_global_zero else None)
     if fabric.is_global_zero:
         tell(safetensors.torch.save(best))
 
 
-def _best_weights(
-    job: _Job, hear: Callable[[int, dict[str, float]], None], fabric: Fabric | None = None
-) -> dict[str, Tensor]:
+def _best_weights(job: _Job, fabric: Fabric, hear: Callable[[int, dict[str, float]], None]) -> dict[str, Tensor]:
     """Trains, and returns the weights of the epoch that validation liked best; `hear(epoch, figures)` after each."""
-    fabric = fabric or _fabric(job)
     run = _begin(job, fabric)
     if job.checkpoint is not None and job.checkpoint.exists():
         _restore(run, job.checkpoint, job.marks)
@@ -342,15 +341,15 @@ def _fabric(job: _Job) -> Fabric:
 
 
 def _begin(job: _Job, fabric: Fabric) -> _Run:
-    network, task, images, pressure, config = job.network, job.task, job.images, job.pressure, job.config
+    network, task, pressure, config = job.network, job.task, job.pressure, job.config
     trained = copy.deepcopy(network)
     if pressure.freezes_edge and isinstance(trained, Split):
         trained.edge.requires_grad_(False)
     if not any(value.requires_grad for value in trained.parameters()):
         raise ConfigError(f"{type(network).__name__}: expected parameters that require gradients, got none to train")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        example = copy.deepcopy(trained).eval()(torch.from_numpy(images.floats(slice(0, 2))))
-    criterion = task.criterion(example, task.targets(images), seed=job.seed)
+        example = copy.deepcopy(trained).eval()(torch.from_numpy(job.images.floats(slice(0, 2))))
+    criterion = task.criterion(example, job.targets, seed=job.seed)
     trainee = _Trainee(trained, criterion).to(fabric.device)
     if config.channels_last:
         trainee = trainee.to(memory_format=torch.channels_last)
@@ -381,9 +380,8 @@ def _train_epoch(
 ) -> dict[str, float]:
     """Mean of the loss and of each of its terms over one pass of `task.batches`."""
     config, epochs, checkpoint = job.config, job.epochs, job.checkpoint
-    targets = job.task.targets(job.images)
     generator = torch.Generator().manual_seed(_epoch_seed(job.seed, run.epoch))
-    batches = job.task.batches(targets, config.batch_size, generator)
+    batches = job.task.batches(job.targets, config.batch_size, generator)
     if fabric.global_rank:
         # The order is that of all, what is done to the pictures is each process's own.
         generator.manual_seed(_epoch_seed(job.seed, run.epoch) + fabric.global_rank)
@@ -406,7 +404,7 @@ def _train_epoch(
         x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        wanted = targets[batch].to(device)
+        wanted = job.targets[batch].to(device)
         done = (run.epoch + index / len(batches)) / epochs
         terms = _terms(run, module, x, wanted, smoothing, done, fabric, is_first=True)
         loss = torch.stack(list(terms.values())).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,15 @@ from torch import Tensor
 from louver.errors import ConfigError, DataError
 from louver.measures.information import effective_dimensions, effective_volume, feature_entropy, mutual_information
 
-__all__ = ["Agreement", "Difficulty", "Factors", "inversion_difficulty", "measure_factors", "order_agreement"]
+__all__ = [
+    "Agreement",
+    "Difficulty",
+    "Factors",
+    "inversion_difficulty",
+    "measure_factors",
+    "order_agreement",
+    "recorded_factors",
+]
 
 Factor = Literal["mutual_information", "entropy", "volume"]
 VolumeBy = Literal["nonzero", "dimensions"]
@@ -74,6 +82,25 @@ def measure_factors(
         volume=effective_volume(z, threshold=threshold) if volume_by == "nonzero" else effective_dimensions(z),
         volume_by=volume_by,
     )
+
+
+def recorded_factors(found: Sequence[Mapping[str, float]], n_elements: Sequence[int]) -> list[Factors]:
+    """The factors of splits that are compared, from figures that were recorded of each and the sizes of its features.
+
+    Volume is counted in elements that are not 0 or, where a split has none that is ever 0 and all have the figure, in
+    directions: in the same way for all. The figures are "mine", "entropy", "effective_volume", "effective_dimensions".
+    """
+    has_zeros = all(one["effective_volume"] < size for one, size in zip(found, n_elements, strict=True))
+    in_directions = not has_zeros and all("effective_dimensions" in one for one in found)
+    return [
+        Factors(
+            mutual_information=one["mine"],
+            entropy=one["entropy"],
+            volume=one["effective_dimensions" if in_directions else "effective_volume"],
+            volume_by="dimensions" if in_directions else "nonzero",
+        )
+        for one in found
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
