@@ -58,9 +58,10 @@ _MEASURED = commit()  # now: by the time that a long run ends, the tree may have
 
 
 def record(name: str, figures: dict[str, Any], *, seed: int, seconds: float) -> Path:
-    """Writes benchmarks/results/NAME.json: the figures, with command, commit, seed and machine."""
+    """Writes benchmarks/results/NAME.json: the figures, with command, commit, seed and machine, and no path of it."""
+    asked = ["PATH" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     content = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *asked]),
         "commit": _MEASURED,
         "seed": seed,
         "seconds": round(seconds, 1),

@@ -133,7 +133,7 @@ async def serve_echo() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         echo, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        date_header=False, proxy_headers=False,
+        date_header=False, proxy_headers=False, timeout_keep_alive=75,
     )  # fmt: skip
     print(
         json.dumps({"rest": f"http://127.0.0.1:{listener.getsockname()[1]}", "grpc": f"127.0.0.1:{port}"}), flush=True
