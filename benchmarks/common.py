@@ -44,14 +44,14 @@ def strongest(cell: dict[str, Any], measure: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that was measured, with a + if the tree held changes."""
+    """The commit that was measured, with a + if the tree held changes other than results."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "..", ":(exclude)results") else "")
 
 
 _MEASURED = commit()  # now: by the time that a long run ends, the tree may have moved on

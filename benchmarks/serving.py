@@ -1,7 +1,7 @@
 """What the server adds: to an echo of the same bytes at one client, and to bare onnxruntime under load.
 
-One run, rounds alternate. Every server has tokens, metrics and its log on, and two cores are shared by client and
-server, as for the echo. `overhead`: p50 and p99 in ms of one client with one connection, ratios of the same round. The
+One run, by turns. Every server has tokens, metrics and its log on, and two cores are shared by client and server, as for
+the echo. `overhead`: p50 and p99 in ms of one client with one connection, ratios of the same round. The
 network is one slice, so that what is left is the server. `throughput`: 32 clients, one image each, against the same
 session run in this process by as many threads, in batches that those clients could fill; with `--triton` against a real
 Triton, too, whose wheel runs the graph by a Python model.
@@ -45,6 +45,7 @@ from louver.triton import triton_name
 SIZES = {"64 KiB": (64, 32, 32), "1 MiB": (256, 64, 64)}
 CLIENTS = 32
 WARM = 50
+TURN = 20
 
 
 def write_bundle(
@@ -218,14 +219,14 @@ def rpc_call(address: str, method: str, content: bytes, token: str) -> Callable[
     return call
 
 
-def times(call: Callable[[], None], count: int) -> tuple[float, float]:
-    """p50 and p99 in ms."""
+def times(call: Callable[[], None], count: int) -> list[float]:
+    """Milliseconds of each call."""
     found = []
     for _ in range(count):
         start = time.perf_counter()
         call()
         found.append(1000 * (time.perf_counter() - start))
-    return float(np.percentile(found, 50)), float(np.percentile(found, 99))
+    return found
 
 
 def rate_of_clients(address: str, model: str, bundle: Bundle, token: str, seconds: float) -> float:
@@ -302,8 +303,13 @@ def measure_overhead(calls: dict[str, Callable[[], None]], rounds: int, count: i
     for name in calls:
         times(calls[name], WARM)
     for _ in range(rounds):
-        for name, call in calls.items():
-            found[name].append(times(call, count))
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        # In turns: what else this machine does then slows all of them alike.
+        for _ in range(-(-count // TURN)):
+            for name, call in calls.items():
+                taken[name] += times(call, TURN)
+        for name, values in taken.items():
+            found[name].append((float(np.percentile(values, 50)), float(np.percentile(values, 99))))
     figures: dict[str, Any] = {
         name: {
             "p50_ms": round(median(p50 for p50, _ in values), 3),
