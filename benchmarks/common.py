@@ -51,7 +51,9 @@ def commit() -> str:
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "..", ":(exclude)results") else "")
+    return git("rev-parse", "--short=12", "HEAD") + (
+        "+" if git("status", "--porcelain", "--", "..", ":(exclude)results") else ""
+    )
 
 
 _MEASURED = commit()  # now: by the time that a long run ends, the tree may have moved on

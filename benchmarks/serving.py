@@ -1,10 +1,10 @@
 """What the server adds: to an echo of the same bytes at one client, and to bare onnxruntime under load.
 
-One run, by turns. Every server has tokens, metrics and its log on, and two cores are shared by client and server, as for
-the echo. `overhead`: p50 and p99 in ms of one client with one connection, ratios of the same round. The
-network is one slice, so that what is left is the server. `throughput`: 32 clients, one image each, against the same
-session run in this process by as many threads, in batches that those clients could fill; with `--triton` against a real
-Triton, too, whose wheel runs the graph by a Python model.
+One run, by turns. Every server has tokens, metrics and its log on, and two cores are shared by client and server, as
+for the echo. `overhead`: p50 and p99 in ms of one client with one connection, ratios of the same round. The network is
+one slice, so that what is left is the server. `throughput`: 32 clients, one image each, against the same session run in
+this process by as many threads, in batches that those clients could fill; with `--triton` against a real Triton, too,
+whose wheel runs the graph by a Python model.
 
     python benchmarks/serving.py [--rounds 5] [--calls 400] [--seconds 5] [--bundle DIR] [--triton ENV]
                                  [--only overhead|throughput]
