@@ -1,4 +1,4 @@
-"""Certificates for the tests of TLS."""
+"""Certificates for the tests of TLS, and keys for those of signatures."""
 
 from __future__ import annotations
 
@@ -62,3 +62,17 @@ _USES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
     *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
 )
+
+
+def key_pair(folder: Path, name: str, password: bytes | None = None) -> tuple[Path, Path]:
+    """Paths of a private key and its public half."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    cipher = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, cipher),
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    return private, public

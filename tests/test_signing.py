@@ -10,8 +10,6 @@ import stat
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from model_signing import signing, verifying
 from requests import HTTPError
 from sigstore._internal.fulcio.client import FulcioClientError
@@ -20,25 +18,13 @@ from sigstore.errors import VerificationError
 from sigstore.oidc import IdentityError
 
 from bundles import toy_bundle
+from certificates import key_pair
 from louver.bundle import CLOUD, EDGE, file_hash, write_manifest
 from louver.cli import main
 from louver.cloud import Repository
 from louver.edge import Edge, Settings
 from louver.errors import BundleError, ConfigError
 from louver.signing import SIGNATURE, Maker, sign_bundle, verify_bundle
-
-
-def key_pair(folder: Path, name: str, password: bytes | None = None) -> tuple[Path, Path]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    cipher = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, cipher),
-    )
-    public.write_bytes(
-        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
-    return private, public
 
 
 @pytest.fixture
@@ -192,7 +178,6 @@ def test_the_commands_ask_for_the_identity_of_the_maker(
         (("serve", bundle, *maker, "--maker-key", "maker.pub"), "either a public key"),
         ((*to_device, *maker[:2]), "either a public key"),
         (("serve", bundle, *maker[2:]), "either a public key"),
-        (("serve", bundle, *maker, "--engine", "ray"), "local engine"),
     ):
         assert command(monkeypatch, *words) == 2, words
         assert told in capsys.readouterr().err, words

@@ -166,11 +166,6 @@ def serve(
     if engine is Engine.ray:
         from louver.cloud.ray_engine import Scaling, serve_on_ray
 
-        if maker is not None:
-            raise ConfigError(
-                "--maker-key and --maker-identity are for the local engine; check the bundles by `louver verify` "
-                "before Ray gets them"
-            )
         if traces:
             raise ConfigError("--traces is for the local engine; leave it out")
         scaling = Scaling(
@@ -188,6 +183,7 @@ def serve(
             listening,
             scaling,
             keep_s=keep_s,
+            maker=maker,
             started=lambda found: _tell(listening, found, as_json=as_json),
         )
         return

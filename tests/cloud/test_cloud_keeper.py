@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from bundles import toy_bundle
+from certificates import key_pair
 from louver.bundle import CLOUD
 from louver.cloud import Batching, Repository, Settings
 from louver.cloud.ingress import BINARY, Front, find_haproxy, write_guard
 from louver.cloud.keeper import Keeper, Report, write_contents
 from louver.cloud.tokens import add_client, remove_client
 from louver.errors import BundleError, ConfigError, StorageError
+from louver.signing import Maker, sign_bundle
 
 
 class Clock:
@@ -68,6 +70,32 @@ def test_a_budget_has_one_keeper(kept):
     _, _, folder = kept
     with pytest.raises(StorageError, match="held by another server"):
         Keeper([folder / "b"], Settings(tokens=folder / "tokens.json"), keep_s=60)
+
+
+def test_with_a_maker_only_what_it_signed_reaches_replicas(tmp_path):
+    private, public = key_pair(tmp_path, "maker")
+    first = toy_bundle(tmp_path / "b")
+    with pytest.raises(BundleError, match="expected a signature"):
+        Keeper([tmp_path / "b"], Settings(), keep_s=60, maker=Maker(key=public))
+    sign_bundle(tmp_path / "b", key=private)
+    keeper = Keeper([tmp_path / "b"], Settings(), keep_s=60, maker=Maker(key=public))
+
+    def versions() -> list[str]:
+        return [one.version for one in asyncio.run(keeper.contents())[1] if not one.is_leaving]
+
+    second = toy_bundle(tmp_path / "b", seed=1)
+    (failure,) = asyncio.run(keeper.reload())
+    assert "the signature does not vouch" in failure
+    assert versions() == [first.id]
+    sign_bundle(tmp_path / "b", key=private)
+    known = public.read_bytes()
+    public.unlink()
+    (failure,) = asyncio.run(keeper.reload())
+    assert str(public) in failure
+    assert versions() == [first.id]
+    public.write_bytes(known)
+    assert asyncio.run(keeper.reload()) == []
+    assert versions() == [second.id]
 
 
 def test_a_rate_is_one_for_all_who_ask(kept):

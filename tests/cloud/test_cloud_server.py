@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import http.client
 import ipaddress
 import json
@@ -24,14 +23,13 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
 from bundles import FEATURE, N_SCORES, toy_bundle
+from certificates import Authority, key_pair
 from louver.cloud.server import _Signals
 from louver.cloud.tokens import add_client, remove_client
 from louver.signing import sign_bundle
@@ -546,14 +544,8 @@ def test_sighup_swaps_under_load_and_no_request_fails(tmp_path):
 
 
 def test_sighup_without_the_makers_key_leaves_what_was_served(tmp_path):
-    key = ec.generate_private_key(ec.SECP256R1())
-    private, public = tmp_path / "maker.pem", tmp_path / "maker.pub"
-    pem = serialization.Encoding.PEM
-    private.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-    )
-    content = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-    public.write_bytes(content)
+    private, public = key_pair(tmp_path, "maker")
+    content = public.read_bytes()
     first = toy_bundle(tmp_path / "toy")
     sign_bundle(tmp_path / "toy", key=private)
     refused = "bundle not loaded: what was served goes on"
@@ -618,55 +610,12 @@ def test_kill_9_in_a_batch_damages_nothing(tmp_path):
 # Certificates
 
 
-class Authority:
-    """A certificate authority for one test."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._name = folder, name
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self.file = folder / "ca.pem"
-        self._certificate = self._make(name, self._key, None)
-        self.file.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
-
-    def _make(self, name, key, issuer, *, host="127.0.0.1", days=1):
-        now = datetime.datetime.now(datetime.UTC)
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer.subject if issuer else subject)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=9))
-            .not_valid_after(now + datetime.timedelta(days=days))
-            .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
-        )
-        if issuer is None:
-            usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-            builder = builder.add_extension(usage, critical=True)
-        else:
-            address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))])
-            builder = builder.add_extension(address, critical=False)
-        return builder.sign(self._key, hashes.SHA256())
-
-    def issue(self, name: str, **options) -> tuple[Path, Path]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._make(name, key, self._certificate, **options)
-        paths = self._folder / f"{name}.pem", self._folder / f"{name}.key"
-        paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        paths[1].write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-        return paths
+HERE, ELSEWHERE = ((x509.IPAddress(ipaddress.ip_address(host)),) for host in ("127.0.0.1", "127.0.0.9"))
+PAST = (-9, -1)
 
 
 def trusting(authority: Authority, client: tuple[Path, Path] | None = None) -> ssl.SSLContext:
-    found = ssl.create_default_context(cafile=authority.file)
+    found = ssl.create_default_context(cafile=authority.ca)
     if client is not None:
         found.load_cert_chain(*client)
     return found
@@ -674,20 +623,20 @@ def trusting(authority: Authority, client: tuple[Path, Path] | None = None) -> s
 
 def secure(server: Running, authority: Authority, client: tuple[Path, Path] | None = None) -> grpc.Channel:
     chain, key = (client[0].read_bytes(), client[1].read_bytes()) if client else (None, None)
-    return grpc.secure_channel(
-        server.told["grpc"], grpc.ssl_channel_credentials(authority.file.read_bytes(), key, chain)
-    )
+    return grpc.secure_channel(server.told["grpc"], grpc.ssl_channel_credentials(authority.ca.read_bytes(), key, chain))
 
 
 def test_tls_tokens_and_client_certificates(tmp_path):
     bundle = toy_bundle(tmp_path / "toy")
     ours, theirs = Authority(tmp_path / "ours", "ours"), Authority(tmp_path / "theirs", "theirs")
-    cert, key = ours.issue("server")
-    good, stranger, late = ours.issue("device"), theirs.issue("device"), ours.issue("late", days=-1)
+    cert, key = ours.issue("server", names=HERE)
+    usage = ExtendedKeyUsageOID.CLIENT_AUTH
+    good, stranger = ours.issue("device", usage=usage), theirs.issue("device", usage=usage)
+    late = ours.issue("late", usage=usage, days=PAST)
     file = tmp_path / "tokens.json"
     token = add_client(file, "device")
     options = (
-        *("--tls-cert", str(cert), "--tls-key", str(key), "--client-ca", str(ours.file)),
+        *("--tls-cert", str(cert), "--tls-key", str(key), "--client-ca", str(ours.ca)),
         *("--tokens", str(file), "--drain-s", "0"),
     )
     feature = features(3)
@@ -724,7 +673,7 @@ def test_tls_tokens_and_client_certificates(tmp_path):
 def test_a_client_sees_a_wrong_server_certificate(tmp_path, wrong):
     toy_bundle(tmp_path / "toy")
     ours = Authority(tmp_path / "ours", "ours")
-    cert, key = ours.issue("server", **({"days": -1} if wrong == "expired" else {"host": "127.0.0.9"}))
+    cert, key = ours.issue("server", **({"names": HERE, "days": PAST} if wrong == "expired" else {"names": ELSEWHERE}))
     options = ("--tls-cert", str(cert), "--tls-key", str(key), "--drain-s", "0")
     with running(tmp_path / "log", tmp_path / "toy", options=options) as server:
         with pytest.raises(ssl.SSLCertVerificationError):

@@ -28,9 +28,10 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bundles import toy_bundle
-from certificates import Authority
+from certificates import Authority, key_pair
 from louver.cloud import Repository, Settings, create_app
 from louver.cloud.tokens import add_client, remove_client
+from louver.signing import sign_bundle
 from servers import Running, ask, asking, features, infer_path, truth
 
 pytestmark = [
@@ -97,6 +98,8 @@ def place(cluster, tmp_path_factory):
     """A server of one replica that may become three, the tokens of its clients, and its bundle."""
     folder = tmp_path_factory.mktemp("ray")
     bundle = toy_bundle(folder / "first")
+    private, public = key_pair(folder, "maker")
+    sign_bundle(folder / "first", key=private)
     (folder / "served").mkdir()
     (folder / "served/toy").symlink_to(folder / "first")
     file = folder / "tokens.json"
@@ -105,6 +108,7 @@ def place(cluster, tmp_path_factory):
     tokens["slow"] = add_client(file, "slow", requests_per_s=0.01, burst=2)
     options = ("--ray-address", cluster, "--tokens", str(file), "--max-replicas", "3", "--target-requests", "1")
     options += ("--scale-up-s", "1", "--scale-down-s", "600", "--drain-s", "1", "--max-rows", "9")
+    options += ("--maker-key", str(public))
     with ray_server(folder / "log", folder / "served", options=options) as server:
         yield folder, server, tokens, bundle
 
@@ -297,8 +301,13 @@ def test_a_killed_replica_costs_a_retry_and_no_wrong_answer(place):
 def test_another_bundle_takes_over_and_the_old_one_is_still_answered(place):
     folder, server, tokens, bundle = place
     second = toy_bundle(folder / "second", seed=1)
+    refused = "bundle not loaded: what was served goes on"
     (folder / "served/next").symlink_to(folder / "second")
     (folder / "served/next").replace(folder / "served/toy")
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: len(server.lines(refused)) == 1, within_s=10)
+    assert "expected a signature" in server.lines(refused)[0]["reason"]
+    sign_bundle(folder / "second", key=folder / "maker.pem")
     with Load(server, bundle, tokens["free"], clients=3) as load:
         server.process.send_signal(signal.SIGHUP)
         body, headers = asking(features(2))

@@ -27,7 +27,8 @@ from louver.cloud.refusals import Refusal
 from louver.cloud.repository import bundles_in
 from louver.cloud.settings import Settings
 from louver.cloud.tokens import Client
-from louver.errors import BundleError, StorageError
+from louver.errors import BundleError, LouverError, StorageError
+from louver.signing import Maker, verify_bundle
 from louver.storage import refusals
 
 __all__ = ["Content", "Judged", "Keeper", "News", "Report", "Seen", "read_contents", "write_contents"]
@@ -89,9 +90,11 @@ class Seen:
 class Keeper:
     """Holds the files of clients and budgets, and the bytes of bundles, for replicas on any machine.
 
+    With a `maker` every bundle must be signed by it, also one that is read again.
+
     Raises:
-        BundleError: a path holds no bundle, or a bundle is not as it was exported.
-        ConfigError: the file of tokens is not as it must be.
+        BundleError: a path holds no bundle, or a bundle is not as it was exported, or not signed.
+        ConfigError: the file of tokens is not as it must be, or the maker's key cannot be read.
         StorageError: the budgets are damaged, or another server holds them.
     """
 
@@ -101,12 +104,14 @@ class Keeper:
         settings: Settings,
         *,
         keep_s: float,
+        maker: Maker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._paths = paths
         self._keep_s = keep_s
+        self._maker = maker
         self._clock = clock
-        self._current = read_contents(paths)
+        self._current = read_contents(paths, maker)
         self._leaving: dict[str, tuple[Content, float]] = {}
         self._generation = 1
         self._clients = Clients(settings.tokens) if settings.tokens is not None else None
@@ -177,8 +182,8 @@ class Keeper:
     async def reload(self) -> list[str]:
         """Reads the bundles again, and says what went wrong; then what was served goes on."""
         try:
-            found = read_contents(self._paths)
-        except BundleError as error:
+            found = read_contents(self._paths, self._maker)
+        except LouverError as error:
             return [str(error)]
         now = self._clock()
         self._leaving = {
@@ -257,17 +262,18 @@ class _Merged(Collector):
         yield from families.values()
 
 
-def read_contents(paths: Sequence[Path]) -> dict[str, Content]:
+def read_contents(paths: Sequence[Path], maker: Maker | None = None) -> dict[str, Content]:
     """By version, the bundles in `paths`: the bytes whose hash is that of their manifest.
 
     Raises:
-        BundleError: no bundle, or one that is not as it was exported.
+        BundleError: no bundle, one that is not as it was exported, or one that `maker` did not sign.
+        ConfigError: the maker's key cannot be read.
     """
     found: dict[str, Content] = {}
     for path in paths:
         for folder in bundles_in(path):
             try:
-                bundle = read_bundle(folder)
+                bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
                 manifest, cloud = (folder / MANIFEST).read_bytes(), bundle.content(CLOUD)
             except OSError as error:
                 raise BundleError(f"{folder}: {error.strerror}; see who may read it") from error

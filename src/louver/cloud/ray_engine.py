@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from louver.cloud.server import Addresses, Listening, Started, free_port, serve_
 from louver.cloud.settings import Batching, Settings
 from louver.cloud.tokens import read_clients
 from louver.errors import CloudError, ConfigError, MissingExtraError
+from louver.signing import Maker
 
 __all__ = ["Scaling", "serve_on_ray"]
 
@@ -88,8 +89,11 @@ def serve_on_ray(
     *,
     keep_s: float,
     started: Callable[[Started], None],
+    maker: Maker | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, and then ends in order, as `serve` does. Must run in the main thread.
+
+    With a `maker` bundles must be signed by it, which is seen to on this machine; replicas take them from here only.
 
     Raises:
         ConfigError: too little protection for its address, a taken port, or a cluster that cannot be used.
@@ -101,7 +105,7 @@ def serve_on_ray(
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("--engine ray needs ray: pip install 'louver[cloud,ray]'")
     listening.check(has_tokens=settings.tokens is not None)
-    models, n_bytes = _checked(paths, batching)
+    models, n_bytes = _checked(paths, batching, maker)
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lr-")))
         port = free_port(listening.host, listening.port)
@@ -116,7 +120,7 @@ def serve_on_ray(
             n_cpus = max(os.cpu_count() or 1, scaling.min_replicas * batching.workers * batching.threads)
             address = stack.enter_context(cluster(place, n_cpus=n_cpus, n_bytes=n_bytes))
         stack.enter_context(connected(address, told))
-        keeper = _keep(paths, settings, keep_s)
+        keeper = _keep(paths, settings, keep_s, maker)
         stack.callback(_close, keeper)
         stack.enter_context(_serving(keeper, settings, batching, listening, scaling, keep_s, port))
         host = f"[{listening.host}]" if ":" in listening.host else listening.host
@@ -138,18 +142,18 @@ def serve_on_ray(
     _log.info("ended")
 
 
-def _checked(paths: Sequence[Path], batching: Batching) -> tuple[tuple[Model, ...], int]:
+def _checked(paths: Sequence[Path], batching: Batching, maker: Maker | None) -> tuple[tuple[Model, ...], int]:
     """What is served, loaded once here so that a bundle that does not run is refused before anything is started."""
-    repository = Repository(paths, batching=batching)
+    repository = Repository(paths, batching=batching, maker=maker)
     repository.close()
-    n_bytes = sum(len(one.cloud) + len(one.manifest) for one in read_contents(paths).values())
+    n_bytes = sum(len(one.cloud) + len(one.manifest) for one in read_contents(paths, maker).values())
     return tuple(one.model for one in repository.current), n_bytes
 
 
 # Ray Serve
 
 
-def _keep(paths: Sequence[Path], settings: Settings, keep_s: float) -> Any:  # noqa: ANN401 - Ray's
+def _keep(paths: Sequence[Path], settings: Settings, keep_s: float, maker: Maker | None) -> Any:  # noqa: ANN401 - Ray's
     """The keeper as an actor on this machine, which ends with this process."""
     import ray
     from ray.exceptions import RayError
@@ -162,8 +166,10 @@ def _keep(paths: Sequence[Path], settings: Settings, keep_s: float) -> Any:  # n
         budgets=settings.budgets.resolve() if settings.budgets is not None else None,
         retry_window_s=settings.retry_window_s,
     )
+    if maker is not None and maker.key is not None:
+        maker = replace(maker, key=maker.key.resolve())
     kind = ray.remote(Keeper).options(name=KEEPER, num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
-    keeper = kind.remote([path.resolve() for path in paths], whole, keep_s=keep_s)
+    keeper = kind.remote([path.resolve() for path in paths], whole, keep_s=keep_s, maker=maker)
     try:
         ray.get(keeper.look.remote(), timeout=START_S)
     except RayError as error:
