@@ -1,4 +1,4 @@
-"""A recorded table of defenses as Markdown, as docs/hardening.md shows it.
+"""A recorded table of defenses as Markdown, as docs/measured-defenses.md shows it.
 
 python benchmarks/table.py cifar10 [--scale laptop]
 """

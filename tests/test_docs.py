@@ -348,12 +348,14 @@ def test_files_that_the_documents_name_exist():
 
 
 def test_tables_of_defenses_are_those_that_were_recorded():
-    shown = (ROOT / "docs/hardening.md").read_text(encoding="utf-8")
+    shown = (ROOT / "docs/measured-defenses.md").read_text(encoding="utf-8")
     for path in (ROOT / "benchmarks/results").glob("defenses-*-laptop.json"):
         name = path.stem.removeprefix("defenses-").removesuffix("-laptop")
         command = [sys.executable, str(ROOT / "benchmarks/table.py"), name]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert printed in shown, f"docs/hardening.md does not show the table that `{' '.join(command[1:])}` prints"
+        assert printed in shown, (
+            f"docs/measured-defenses.md does not show the table that `{' '.join(command[1:])}` prints"
+        )
 
 
 def test_bytes_beside_the_pictures_were_recorded():
@@ -368,7 +370,7 @@ def test_bytes_beside_the_pictures_were_recorded():
 
 
 def test_what_is_told_of_claims_was_recorded():
-    shown = " ".join((ROOT / "docs/hardening.md").read_text(encoding="utf-8").split())
+    shown = " ".join((ROOT / "docs/measured-defenses.md").read_text(encoding="utf-8").split())
     claims = json.loads((ROOT / "benchmarks/results/claims-laptop.json").read_text(encoding="utf-8"))["claims"]
     for claim in ("order of difficulty, CIFAR-10", "order of difficulty, CIFAR-10, equal cut and size"):
         found, low, high = claims[claim]["Spearman"]
