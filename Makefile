@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/table.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out $(addprefix benchmarks/,common.py table.py ray_serve.py),$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench
@@ -11,7 +11,7 @@ help:
 	@echo "make demo    train a small network on generated streets, cut it, attack it, report; needs no data"
 	@echo "make test    every check: lint, types, import rules, tests"
 	@echo "make lint    the checks that run nothing: ruff, mypy, import rules"
-	@echo "make bench   the benchmarks, one after the other; hours"
+	@echo "make bench   the benchmarks, one after the other, but for ray_serve.py, which needs ray; hours"
 
 demo: .venv/installed
 	$(BIN)/louver demo
