@@ -182,7 +182,7 @@ def harden(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="cifar10, cifar10-choices, faces, streets or vehicles.")],
+    name: Annotated[str, typer.Argument(help="cifar10, cifar10-choices, cifar10-longer, faces, streets or vehicles.")],
     scale: Annotated[str, typer.Option(help="laptop, or paper for a GPU.")] = "laptop",
     out: Annotated[Path | None, typer.Option(help="Folder of the table; runs/bench/NAME-SCALE by default.")] = None,
     only: Annotated[

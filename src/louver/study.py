@@ -249,11 +249,10 @@ class _Sent:
     ) -> None:
         index = RunFolder(folder).truth_index()
         self.test = roles.test.take(index)
-        count = len(roles.auxiliary)
-        order = np.random.default_rng(seed + 3).permutation(count)
         # Probes choose on a tenth of the attacker's images, as attacks do.
-        self.validation_images = roles.auxiliary.take(np.sort(order[: max(2, count // 10)]))
-        self.train_images = roles.auxiliary.take(np.sort(order[max(2, count // 10) :]))
+        apart = _set_apart(roles.auxiliary, judging.identity or "identity", seed + 3)
+        self.validation_images = roles.auxiliary.take(apart)
+        self.train_images = roles.auxiliary.take(np.setdiff1d(np.arange(len(roles.auxiliary)), apart))
 
         self._edge, self._shape, self._device = hard.edge, hard.cut.feature_shape, device
         self._observations = judging.settings.observations
@@ -276,6 +275,27 @@ class _Sent:
             observations=1 if is_silent else self._observations,
         )
         return rows.rows(np.arange(len(images)))
+
+
+def _set_apart(images: Images, identity: str, seed: int) -> NDArray[np.int64]:
+    """About a tenth of the images, in order, to choose on; with one picture of somebody, all of them.
+
+    Where people or vehicles come in pairs, by two cameras for instance, a twin among those that a probe learns from
+    would say what not to answer, and every choice would be made by that. An identity below 0 is nobody's.
+    """
+    who = np.arange(len(images))
+    if identity in images.labels:
+        told = images.column(identity)
+        who = np.where(told < 0, -1 - who, told)
+    wanted = max(2, len(images) // 10)
+    chosen = np.zeros(len(images), bool)
+    for one in np.random.default_rng(seed).permutation(np.unique(who)):
+        if chosen.sum() >= wanted:
+            break
+        chosen |= who == one
+    if chosen.sum() > len(images) // 2:  # too few people to keep any apart
+        return np.sort(np.random.default_rng(seed).permutation(len(images))[:wanted])
+    return np.flatnonzero(chosen)
 
 
 def _information(sent: _Sent, task: Task, judging: Judging, seed: int) -> dict[str, Any]:
