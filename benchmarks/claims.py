@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from common import RESULTS, record, strongest
@@ -21,6 +22,8 @@ Cell = dict[str, Any]
 INFORMATION = ("mine", "entropy", "effective_volume")
 FLOAT_BYTES = 4
 BASELINES = ("none", "noise", "nopeek", "bottleneck", "dropout", "adversarial")
+CHANCY = ("noise", "dropout")
+"""Baselines that draw: entropy and volume of what they send count the draws, and are no measure of pictures."""
 
 
 def table(name: str, scale: str) -> dict[str, Cell]:
@@ -54,11 +57,6 @@ def line(cell: Cell) -> dict[str, Any]:
     }
 
 
-def less(a: Cell, b: Cell) -> bool:
-    """Whether `a` is shown to leak less than `b`: the intervals of SSIM do not meet."""
-    return bool(leak(a, "ssim")["high"] < leak(b, "ssim")["low"])
-
-
 def apart(one: dict[str, float], other: dict[str, float]) -> str:
     """ "yes" or "no" where all of the first interval lies above or below the second, else "not shown"."""
     return "yes" if one["low"] > other["high"] else "no" if one["high"] < other["low"] else "not shown"
@@ -80,6 +78,12 @@ def judged(value: tuple[float, float, float], bound: float, *, is_above: bool) -
     low, _, high = value if is_above else tuple(-one for one in reversed(value))
     bound = bound if is_above else -bound
     return "yes" if low >= bound else "no" if high < bound else "not shown"
+
+
+def all_of(answers: Iterable[str]) -> str:
+    """One answer for several that must all be yes; what cannot be compared says nothing."""
+    found = set(answers)
+    return next((one for one in ("no", "not shown") if one in found), "yes")
 
 
 def lost_points(cell: Cell, base: Cell) -> tuple[float, float, float]:
@@ -118,7 +122,7 @@ def siftfunnel(cells: dict[str, Cell], base: str) -> list[dict[str, Any]]:
     """Fewer than 3 points lost; 30 % more error and half the information of the best baseline of no less accuracy.
 
     Information is also set beside that of the undefended split. Effective volume counts elements, of which fewer
-    channels have fewer.
+    channels have fewer. MINE decides nothing: it gives lower bounds, and the ratio of two bounds nothing.
     """
     found = []
     for name in (name for name in cells if name.startswith("siftfunnel")):
@@ -151,10 +155,16 @@ def siftfunnel(cells: dict[str, Cell], base: str) -> list[dict[str, Any]]:
                 "error more than it": rounded(more),
                 "information of it": {what: rounded(share) for what, share in shares.items()},
             }
+            counted = {
+                what: "not comparable" if best["defense"] in CHANCY else judged(shares[what], 0.5, is_above=False)
+                for what in ("entropy", "effective_volume")
+            }
             row["answer"] |= {
                 "30 % more error": judged(more, 0.3, is_above=True),
-                **{f"half its {what}": judged(share, 0.5, is_above=False) for what, share in shares.items()},
+                "half its mine": "not shown",
+                **{f"half its {what}": one for what, one in counted.items()},
             }
+        row["answer"]["all"] = all_of(row["answer"].values())
         found.append(row)
     return found
 
@@ -209,8 +219,9 @@ def patrol(cells: dict[str, Cell], shallower: str, deeper: str) -> dict[str, Any
         whole, without = cells["patrol-1"], cells[name]
         parts[name.removeprefix("patrol-no-")] = {
             **line(without),
-            "leaks more without it": less(whole, without),
-            "costs more without it": without["edge_macs"] > whole["edge_macs"],
+            "points that it costs": [round(100 * value, 2) for value in lost_points(whole, without)],
+            "leaks more without it": apart(leak(without, "ssim"), leak(whole, "ssim")),
+            "costs more without it": "yes" if without["edge_macs"] > whole["edge_macs"] else "no",
         }
     answers = {}
     for name, cell in swept.items():
@@ -223,18 +234,18 @@ def patrol(cells: dict[str, Cell], shallower: str, deeper: str) -> dict[str, Any
             lost[f"points lost to the {which}"] = [round(100 * value, 2) for value in points]
             asked[f"fewer than 3 points lost to the {which}"] = judged(points, 0.03, is_above=False)
             asked[f"leaks less than the {which}"] = apart(leak(cells[other], "ssim"), leak(cell, "ssim"))
-        worst = next((one for one in ("no", "not shown") if one in asked.values()), "yes")
         answers[name] = {
             **line(cell),
             **lost,
             "leaks less than the deeper, by each attack": compared(cell, cells[deeper]),
             "asked": asked,
-            "answer": worst,
+            "answer": all_of(asked.values()),
         }
     return {
         "unprotected": {name: line(cells[name]) for name in (shallower, deeper)},
         "cells": answers,
         "parts": parts,
+        "each part protects": all_of(one["leaks more without it"] for one in parts.values()) if parts else "not asked",
     }
 
 
@@ -302,8 +313,7 @@ def embeddings(cells: dict[str, Cell]) -> dict[str, Any]:
 
     At equal usefulness: each advanced cell beside every noisy one that is shown to be neither more nor less useful.
 
-    The shape holds where at some noise at least half of the way from clear to hidden (rank privacy, 0 to 0.5) is done
-    and usefulness lies at most 3 points below that of the least noise.
+    The shape is that of the published curve: see `rises_first`.
     """
     swept = {
         kind: sorted((one for one in cells.values() if one["variant"] == kind), key=lambda one: one["strength"])
@@ -328,14 +338,41 @@ def embeddings(cells: dict[str, Cell]) -> dict[str, Any]:
         if low <= 0 <= high:
             pairs["equal usefulness"].append(row)
     curve = [hidden(one) for one in swept["advanced"]]
-    best = utility(swept["advanced"][0])[0]
     return {
         **pairs,
         "curve": curve,
-        "privacy rises before usefulness falls": any(
-            one["rank privacy"][0] >= 0.25 and one["utility"][0] >= best - 0.03 for one in curve
+        "privacy rises before usefulness falls": rises_first(
+            [(one["utility"][0], one["rank privacy"][0]) for one in curve]
         ),
     }
+
+
+def rises_first(curve: list[tuple[float, float]]) -> str:
+    """Of usefulness and rank privacy, from the least noise on: whether a quarter of the way costs 3 points at most.
+
+    The way is to 0.5, where nobody is found. It does on the published curve (hybrid method, gender of faces): 0.933 and
+    0.025, 0.907 and 0.129, 0.764 and 0.313.
+    """
+    best = curve[0][0]
+    return "yes" if any(privacy >= 0.125 and useful >= best - 0.03 for useful, privacy in curve) else "no"
+
+
+def in_short(claims: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """One word for each claim and table, "no" if at no strength it is more."""
+
+    def best(answers: Iterable[str]) -> str:
+        found = set(answers)
+        return next(one for one in ("yes", "not shown", "no") if one in found)
+
+    found: dict[str, dict[str, str]] = {"PATROL": {}, "parts of PATROL": {}, "SiftFunnel": {}}
+    for claim, figures in claims.items():
+        what, _, name = claim.partition(", ")
+        if what == "PATROL":
+            found[what][name] = best(one["answer"] for one in figures["cells"].values())
+            found["parts of PATROL"][name] = figures["each part protects"]
+        elif what == "SiftFunnel":
+            found[what][name] = best(one["answer"]["all"] for one in figures)
+    return found
 
 
 def main() -> None:
@@ -355,6 +392,9 @@ def main() -> None:
         figures["Fisher against random channels, CIFAR-10"] = against(choices, "fisher", random_draws)
     if faces:
         figures["advanced against noisy embedding, faces"] = embeddings(faces)
+    longer = table("cifar10-longer", scale)
+    if longer:
+        figures["SiftFunnel, CIFAR-10, longer"] = siftfunnel(longer, "none-layer2-tuned")
     for name in ("vehicles", "streets"):
         cells = table(name, scale)
         if cells:
@@ -362,7 +402,14 @@ def main() -> None:
             figures[f"PATROL, {name}"] = patrol(cells, "none-stage2-tuned", "none-stage3-tuned")
     figures = {claim: found for claim, found in figures.items() if found}
     print(json.dumps(figures, indent=1))
-    print(record(f"claims-{scale}", {"claims": figures}, seed=0, seconds=time.monotonic() - started))
+    print(
+        record(
+            f"claims-{scale}",
+            {"in short": in_short(figures), "claims": figures},
+            seed=0,
+            seconds=time.monotonic() - started,
+        )
+    )
 
 
 if __name__ == "__main__":
