@@ -32,7 +32,7 @@ from louver.experiment import run_experiment
 from louver.facts import load_facts
 from louver.hardening import Origin, load_split
 from louver.models import load_model
-from louver.study import Judging, _better, _rebuilt, study, utility
+from louver.study import Judging, _better, _rebuilt, _set_apart, study, utility
 from louver.tables import BENCHES, Cell
 from louver.tasks import Attributes, Classification, ReIdentification
 from louver.training import Training
@@ -347,6 +347,20 @@ def test_identities_and_labels_that_some_images_lack_are_judged(tmp_path):
     shown = load_facts(tmp_path / "run").information
     assert shown["log_rank_privacy"].mean == hidden["privacy"]
     assert shown["explained_variance"].mean == facts["explained_variance"]
+
+
+def test_probes_choose_on_other_vehicles_than_they_learn_from():
+    pairs, alone = np.repeat(np.arange(20), 2), np.full(20, -1)
+    who = np.random.default_rng(0).permutation(np.concatenate([pairs, alone]))
+    images = replace(pictures(60, seed=0), labels={"identity": who})
+    apart = _set_apart(images, "identity", 3)
+    assert len(apart) in (6, 7)
+    rest = np.setdiff1d(np.arange(60), apart)
+    assert not np.intersect1d(who[apart], who[rest][who[rest] >= 0]).size
+    assert {int(count) for count in np.unique(who[apart][who[apart] >= 0], return_counts=True)[1]} == {2}
+    # Without identities, or with two people only, pictures are kept apart as they come.
+    assert len(_set_apart(images, "nobody", 3)) == 6
+    assert len(_set_apart(replace(images, labels={"identity": np.arange(60) % 2}), "identity", 3)) == 6
 
 
 def test_a_probe_that_learned_on_rebuilt_pictures_counts_where_it_recovers_more(tmp_path):
