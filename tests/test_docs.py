@@ -369,6 +369,26 @@ def test_bytes_beside_the_pictures_were_recorded():
             assert f"| {label} | {kind} | {one['bytes']:,.0f} | {one['mean']:.3f} |" in shown
 
 
+def test_shares_of_float32_were_recorded():
+    """Of uncompressed float32, and of float32 after zstd: the second is the like-for-like one."""
+    found = json.loads((ROOT / "benchmarks/results/wire.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = " ".join((ROOT / "docs/bundles.md").read_text(encoding="utf-8").split())
+    shares = {"raw bytes": dict[str, list[str]](), "compressed bytes": dict[str, list[str]]()}
+    for name, row in (("cifar10", "CIFAR-10 at layer2"), ("vehicles", "Vehicles at stage3")):
+        told = readme.split(f"{row}: ")[1].split(". ")[0]
+        for kind in ("uint8", "uint4"):
+            encodings = found[name]["encodings"]
+            for size, shown in shares.items():
+                share = encodings[kind]["compressed bytes"] / encodings["float32"][size]
+                shown.setdefault(kind, []).append(f"{share:.1%}".replace("%", " %"))
+            whole, alike = (shown[kind][-1] for shown in shares.values())
+            assert f"{kind} {whole} ({alike})" in told
+    whole, alike = ({kind: " and ".join(pair) for kind, pair in shown.items()} for shown in shares.values())
+    assert f"that is {whole['uint8']} for uint8, {whole['uint4']} for uint4" in page
+    assert f"after zstd it is {alike['uint8']}, {alike['uint4']}." in page
+
+
 def test_what_is_told_of_claims_was_recorded():
     shown = " ".join((ROOT / "docs/measured-defenses.md").read_text(encoding="utf-8").split())
     claims = json.loads((ROOT / "benchmarks/results/claims-laptop.json").read_text(encoding="utf-8"))["claims"]
