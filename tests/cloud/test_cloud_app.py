@@ -535,6 +535,29 @@ def test_a_budget_is_counted_in_images(guarded):
     assert 'client="free"' not in told
 
 
+def test_each_model_and_version_that_a_request_is_sent_to_is_paid_for(tmp_path):
+    """Over REST the address alone names the model: the bodies are the same, byte by byte."""
+    token = add_client(tmp_path / "tokens.json", "few", images_total=100)
+    first = [toy_bundle(tmp_path / name, name=name, seed=seed) for seed, name in enumerate("ab")]
+    repository = Repository([tmp_path / "a", tmp_path / "b"], batching=Batching(threads=1))
+    app = create_app(repository, Settings(tokens=tmp_path / "tokens.json"))
+    app.service.lines.write = lambda line: None
+    body = asking(features(3), call_id="same")
+
+    def used(path: str) -> int:
+        assert asyncio.run(ask(app, path, *body, token=token)).status == 200
+        return app.service.budgets.used(app.service.clients.all[0])
+
+    assert [used(f"/v2/models/{name}/infer") for name in "aabba"] == [3, 3, 6, 6, 6]
+    assert used(infer_path(first[0])) == 6  # the version that answered is named now
+    toy_bundle(tmp_path / "a", name="a", seed=2)
+    assert repository.reload() == []
+    assert [used("/v2/models/a/infer") for _ in range(2)] == [9, 9]
+    assert used(infer_path(first[0])) == 9  # leaving, and paid for
+    repository.close()
+    app.service.close()
+
+
 def test_whoever_asks_too_fast_is_told_when_to_come_again(guarded):
     place, tokens = guarded
     found = [place.ask(infer_path(place.toy), *asking(ONE), token=tokens["slow"]) for _ in range(3)]

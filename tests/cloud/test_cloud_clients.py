@@ -189,20 +189,21 @@ def test_a_client_may_ask_as_fast_as_its_bucket_fills(tmp_path):
 
 DAY = 86400.0
 NOON = 20000 * DAY + DAY / 2
+TOY = ("toy", "v")
 
 
 def client(**limits) -> Client:
     return Client(name="a", sha256="0" * 64, **limits)
 
 
-def charge(budgets: Budgets, who: Client, *calls: tuple[int, str, bytes]) -> list[bool]:
+def charge(budgets: Budgets, who: Client, *calls: tuple[int, str, bytes], model: tuple[str, str] = TOY) -> list[bool]:
     """Whether each was admitted."""
 
     async def work() -> list[bool]:
         found = []
         for rows, call_id, content in calls:
             try:
-                await budgets.charge(who, rows, call_id, content)
+                await budgets.charge(who, rows, model, call_id, content)
             except Refusal as refusal:
                 found.append(refusal.status)
             else:
@@ -255,6 +256,24 @@ def test_the_same_request_is_paid_once_and_only_the_same(tmp_path):
     budgets.close()
 
 
+def test_the_same_request_to_another_model_or_version_is_another(tmp_path):
+    budgets = Budgets(tmp_path / "b", retry_window_s=60, clock=Clock(NOON))
+    who = client(images_total=20)
+    models = [TOY, ("toy", "w"), ("tow", "v"), ("to", "yv"), ("toyv", "")]
+    for i, model in enumerate([*models, *models]):
+        charge(budgets, who, (3, "x", b"one"), model=model)
+        assert budgets.left(who) == 20 - 3 * min(i + 1, len(models))
+    budgets.close()
+
+
+def test_an_id_that_runs_into_the_content_is_another_id(tmp_path):
+    budgets = Budgets(tmp_path / "b", retry_window_s=60, clock=Clock(NOON))
+    who = client(images_total=20)
+    charge(budgets, who, (3, "x\0one", b"two"), (3, "x", b"one\0two"), (3, "x\0", b"one\0two"))
+    assert budgets.left(who) == 11
+    budgets.close()
+
+
 def test_the_same_id_of_another_client_is_another_request(tmp_path):
     budgets = Budgets(tmp_path / "b", retry_window_s=60, clock=Clock(NOON))
     other = Client(name="b", sha256="1" * 64, images_total=5)
@@ -269,14 +288,14 @@ def test_what_was_not_computed_is_given_back_once(tmp_path):
     who = client(images_per_day=20, images_total=20)
 
     async def work():
-        first = await budgets.charge(who, 3, "x", b"one")
-        again = await budgets.charge(who, 3, "x", b"one")
+        first = await budgets.charge(who, 3, TOY, "x", b"one")
+        again = await budgets.charge(who, 3, TOY, "x", b"one")
         assert budgets.left(who) == 17
         first()
         assert budgets.left(who) == 17  # the repetition may still be computed
         again()
         assert budgets.left(who) == 20
-        await budgets.charge(who, 3, "x", b"one")
+        await budgets.charge(who, 3, TOY, "x", b"one")
         assert budgets.left(who) == 17
 
     asyncio.run(work())
@@ -305,7 +324,7 @@ async def main():
     budgets = Budgets(Path(sys.argv[1]), retry_window_s=60)
     who = Client(name="a", sha256="0" * 64, images_total=1000)
     for _ in range(37):
-        await budgets.charge(who, 3, "", b"")
+        await budgets.charge(who, 3, ("toy", "v"), "", b"")
     os.kill(os.getpid(), 9)
 
 asyncio.run(main())
@@ -368,7 +387,7 @@ def test_many_at_once_are_all_counted_before_any_goes_on(tmp_path):
 
     async def one() -> bool:
         try:
-            await budgets.charge(who, 7, "", b"")
+            await budgets.charge(who, 7, TOY, "", b"")
         except Refusal:
             return False
         kept = json.loads((tmp_path / "b").read_text())["accounts"]["a"]["total_images"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from louver.cloud.keeper import Keeper, Report, write_contents
 from louver.cloud.tokens import add_client, remove_client
 from louver.errors import BundleError, ConfigError, StorageError
 from louver.signing import Maker, sign_bundle
+
+TOY = ("toy", "v")
 
 
 class Clock:
@@ -46,17 +49,17 @@ def test_a_budget_is_one_for_all_who_ask(kept):
     keeper, _, folder = kept
 
     async def ask() -> None:
-        first = await keeper.charge("paid", 5, "id", b"digest")
-        again = await keeper.charge("paid", 5, "id", b"digest")
+        first = await keeper.charge("paid", 5, TOY, "id", b"digest")
+        again = await keeper.charge("paid", 5, TOY, "id", b"digest")
         assert (first.status, again.status) == (200, 200)
-        refused = await keeper.charge("paid", 5, "id", b"other")
+        refused = await keeper.charge("paid", 5, TOY, "id", b"other")
         assert (refused.status, refused.bill) == (403, None)
         assert "4 images left" in refused.reason
-        more = await keeper.charge("paid", 4, "next", b"digest")
+        more = await keeper.charge("paid", 4, TOY, "next", b"digest")
         await keeper.put_back(more.bill)
         await keeper.put_back(more.bill)  # a bill is put back once
-        assert (await keeper.charge("paid", 4, "next", b"digest")).status == 200
-        assert (await keeper.charge("nobody", 1, "x", b"")).status == 401
+        assert (await keeper.charge("paid", 4, TOY, "next", b"digest")).status == 200
+        assert (await keeper.charge("nobody", 1, TOY, "x", b"")).status == 401
         text = (await keeper.metrics_text()).decode()
         assert 'louver_budget_left_images{client="paid"} 0.0' in text
         await keeper.close()
@@ -64,6 +67,20 @@ def test_a_budget_is_one_for_all_who_ask(kept):
     asyncio.run(ask())
     accounts = json.loads((folder / "tokens.json.budgets").read_text())["accounts"]
     assert accounts["paid"]["total_images"] == 9
+
+
+def test_what_one_replica_charged_is_free_on_another_for_the_same_model_only(kept):
+    keeper, _, _ = kept
+
+    async def ask() -> list[str]:
+        left = []
+        for model in (TOY, TOY, ("toy", "w"), ("tow", "v"), TOY):
+            assert (await keeper.charge("paid", 2, model, "id", b"digest")).status == 200
+            (line,) = re.findall(r'budget_left_images{client="paid"} .*', (await keeper.metrics_text()).decode())
+            left.append(line.split()[-1])
+        return left
+
+    assert asyncio.run(ask()) == ["7.0", "7.0", "5.0", "3.0", "3.0"]
 
 
 def test_a_budget_has_one_keeper(kept):

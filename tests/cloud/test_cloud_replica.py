@@ -79,6 +79,7 @@ class Place:
         self.first = toy_bundle(folder / "b")
         self.file = folder / "tokens.json"
         self.tokens = {name: add_client(self.file, name) for name in ("stays", "gone")}
+        self.tokens["paid"] = add_client(self.file, "paid", images_total=9)
         self.keeper = Keeper([folder / "b"], Settings(tokens=self.file), keep_s=60)
         self.actor = Actor(self.keeper)
         self.replica = module.Replica(self.actor, Limits(), Batching(workers=1, threads=1), 60.0)
@@ -86,9 +87,11 @@ class Place:
     def begin(self) -> None:
         self.app = self.replica.__serve_build_asgi_app__()
 
-    async def ask(self, bundle=None, *, client: str = "stays", path: str | None = None) -> Answer:
+    async def ask(
+        self, bundle=None, *, client: str = "stays", path: str | None = None, call_id: str | None = None
+    ) -> Answer:
         path = path or infer_path(bundle or self.first)
-        return await ask(self.app, path, *asking(features(2)), token=self.tokens[client])
+        return await ask(self.app, path, *asking(features(2), call_id=call_id), token=self.tokens[client])
 
     async def until(self, status: int, *arguments, **options) -> Answer:
         end = time.monotonic() + 10
@@ -143,6 +146,27 @@ def test_a_replica_that_cannot_write_bundles_goes_on_with_the_old_and_with_new_t
         fails = False
         await place.until(200, second)
         assert (await place.ask()).status == 200  # as what is about to leave
+        await place.close()
+
+    asyncio.run(work())
+
+
+def test_the_keeper_hears_which_version_a_request_was_answered_by(place):
+    """So that a repetition is free, and the same request to other weights is not."""
+
+    async def work() -> None:
+        place.begin()
+
+        async def left() -> int | None:
+            answer = await place.ask(client="paid", path="/v2/models/toy/infer", call_id="same")
+            assert answer.status == 200
+            return place.keeper._budgets.left(place.keeper._named("paid"))
+
+        assert [await left(), await left()] == [7, 7]
+        second = toy_bundle(place.folder / "b", seed=1)
+        assert await place.keeper.reload() == []
+        await place.until(200, second)
+        assert [await left(), await left()] == [5, 5]
         await place.close()
 
     asyncio.run(work())

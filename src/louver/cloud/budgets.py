@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -93,11 +93,16 @@ class Budgets:
         """Images that the client has sent, ever."""
         return self._account(client.name).total_rows
 
-    async def charge(self, client: Client, rows: int, call_id: str, content: bytes) -> Callable[[], None]:
+    async def charge(
+        self, client: Client, rows: int, model: tuple[str, str], call_id: str, content: bytes
+    ) -> Callable[[], None]:
         """Takes `rows` off the client's budget, and gives a function that puts them back if no scores come of them.
 
-        A request that is sent again with the same id and the same content is free for the window. The content counts,
-        since an id alone would be a free pass for any number of images.
+        A request that is sent again to the same model with the same id and the same content is free for the window. The
+        content counts, since an id alone would be a free pass for any number of images; so does the model, its name and
+        version, since over REST the content does not name it, and other weights tell more of the same feature. The
+        version is the one that answers: where a request names none, and the bundle was replaced in between, it is
+        charged anew.
 
         Raises:
             Refusal: 403, when the budget does not hold as many.
@@ -105,7 +110,7 @@ class Budgets:
         """
         if not client.has_budget:
             return _nothing
-        mark = _mark(client.name, call_id, content) if call_id else None
+        mark = _mark((client.name, *model, call_id), content) if call_id else None
         now = self._clock()
         account = self._account(client.name)
         paid = self._seen.get(mark) if mark is not None else None
@@ -188,8 +193,12 @@ def _nothing() -> None:
     """Puts nothing back."""
 
 
-def _mark(name: str, call_id: str, content: bytes) -> bytes:
-    key = hashlib.sha256(f"{name}\0{call_id}\0".encode("utf-8", "surrogatepass"))
+def _mark(names: Iterable[str], content: bytes) -> bytes:
+    """What only the same names with the same content have: each name goes in with its length, for ids hold any sign."""
+    key = hashlib.sha256()
+    for name in names:
+        part = name.encode("utf-8", "surrogatepass")
+        key.update(len(part).to_bytes(8, "big") + part)
     key.update(content)
     return key.digest()
 

@@ -157,12 +157,12 @@ class Keeper:
             return _judged(refusal)
         return Judged()
 
-    async def charge(self, name: str, rows: int, call_id: str, digest: bytes) -> Judged:
-        """Takes rows off a client's budget; `digest` stands for the body, to know a repetition by."""
+    async def charge(self, name: str, rows: int, model: tuple[str, str], call_id: str, digest: bytes) -> Judged:
+        """Takes rows off a client's budget; `model` and `digest`, for the body, are to know a repetition by."""
         if self._budgets is None:
             return Judged()
         try:
-            back = await self._budgets.charge(self._named(name), rows, call_id, digest)
+            back = await self._budgets.charge(self._named(name), rows, model, call_id, digest)
         except Refusal as refusal:
             return _judged(refusal)
         except StorageError:

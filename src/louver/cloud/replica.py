@@ -103,9 +103,11 @@ class Replica:
     async def _admit(self, client: Client) -> None:
         _raise_if_refused(await self._ask(self._keeper.admit.remote(client.name)))
 
-    async def _charge(self, client: Client, rows: int, call_id: str, content: bytes) -> Callable[[], None]:
+    async def _charge(
+        self, client: Client, rows: int, model: tuple[str, str], call_id: str, content: bytes
+    ) -> Callable[[], None]:
         digest = hashlib.sha256(content).digest()
-        judged = await self._ask(self._keeper.charge.remote(client.name, rows, call_id, digest))
+        judged = await self._ask(self._keeper.charge.remote(client.name, rows, model, call_id, digest))
         _raise_if_refused(judged)
 
         def back() -> None:

@@ -52,7 +52,7 @@ class Request:
         self.queue_s, self.compute_s = queue_s, compute_s
 
 
-Charge = Callable[[Client, int, str, bytes], Awaitable[Callable[[], None]]]
+Charge = Callable[[Client, int, tuple[str, str], str, bytes], Awaitable[Callable[[], None]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +182,9 @@ class Service:
             charge = self._common.charge
         if charge is None or not request.client.has_budget:
             return self._run(request, request.served, call)
+        model = request.served.model
         try:
-            put_back = await charge(request.client, request.rows, call.id, content)
+            put_back = await charge(request.client, request.rows, (model.name, model.version), call.id, content)
         except StorageError as error:
             _log.error("budgets not written", extra={"reason": str(error)})
             raise Refusal(503, "the server cannot write down budgets", retry_after_s=5.0) from error
