@@ -318,7 +318,118 @@ def test_a_damaged_head_is_refused(tmp_path: Path, bundle: Bundle, content: byte
         Outbox(bundle, options(tmp_path))
 
 
+def test_a_place_is_never_used_again_so_that_an_old_entry_passes_for_no_other(tmp_path: Path, bundle: Bundle) -> None:
+    def entries() -> list[Path]:
+        return sorted((tmp_path / "queue").glob("*.entry"))
+
+    outbox = Outbox(bundle, options(tmp_path))
+    put(outbox, request(1))
+    (old,) = entries()
+    content = old.read_bytes()
+    outbox.remove(*outbox.places())
+    outbox.close()
+    outbox = Outbox(bundle, options(tmp_path))
+    put(outbox, request(2))
+    outbox.close()
+    (new,) = entries()
+    assert new != old
+    new.write_bytes(content)
+    outbox = Outbox(bundle, options(tmp_path))
+    with pytest.raises(DamagedError, match="cut short or changed"):
+        outbox.get(*outbox.places())
+    outbox.close()
+
+
+def test_places_go_on_after_any_number_of_starts_and_blocks(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("louver.edge.outbox._BLOCK", 3)
+    used: list[int] = []
+    for start, n_entries in enumerate((1, 0, 5, 2)):
+        outbox = Outbox(bundle, options(tmp_path))
+        outbox.leave(outbox.take_place())  # of a request that was answered: nothing was kept there
+        for number in range(n_entries):
+            put(outbox, request(10 * start + number))
+            (place,) = outbox.places()
+            used.append(place)
+            outbox.remove(place)
+        outbox.close()
+    assert used == sorted(set(used))
+    assert len(used) == 8
+
+
+def test_a_queue_of_before_places_were_noted_opens_and_goes_on(tmp_path: Path, bundle: Bundle) -> None:
+    outbox = Outbox(bundle, options(tmp_path))
+    for number in (1, 2):
+        put(outbox, request(number))
+    outbox.close()
+    head = tmp_path / "queue" / "queue.json"
+    content = json.loads(head.read_text())
+    head.write_text(json.dumps({key: value for key, value in content.items() if key != "places"}))
+    outbox = Outbox(bundle, options(tmp_path))
+    put(outbox, request(3))
+    outbox.remove(2)
+    outbox.close()
+    assert json.loads(head.read_text()) == content | {"places": 1002}
+    outbox = Outbox(bundle, options(tmp_path))
+    put(outbox, request(4))
+    outbox.close()
+    assert held(bundle, options(tmp_path)) == [request(1), request(2), request(4)]
+
+
+@pytest.mark.parametrize("places", [-1, "7", 1.5, True, None, 10**12])
+def test_places_that_cannot_be_are_damage(tmp_path: Path, bundle: Bundle, places: object) -> None:
+    Outbox(bundle, options(tmp_path)).close()
+    head = tmp_path / "queue" / "queue.json"
+    head.write_text(json.dumps(json.loads(head.read_text()) | {"places": places}))
+    with pytest.raises(StorageError, match=r"queue\.json is damaged \(places"):
+        Outbox(bundle, options(tmp_path))
+
+
+def test_what_was_set_aside_is_not_overwritten(tmp_path: Path, bundle: Bundle) -> None:
+    folder = tmp_path / "queue"
+    outbox = Outbox(bundle, options(tmp_path))
+    for name in ("000000000000.damaged", "000000000000.1.damaged"):
+        (folder / name).write_text(name)  # of a Louver that used places again
+    put(outbox, request(1))
+    content = (folder / "000000000000.entry").read_bytes()
+    assert outbox.set_aside(0).name == "000000000000.2.damaged"
+    outbox.close()
+    assert (folder / "000000000000.2.damaged").read_bytes() == content
+    for name in ("000000000000.damaged", "000000000000.1.damaged"):
+        assert (folder / name).read_text() == name
+
+
 # A disk that refuses
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "open", "replace"])
+@pytest.mark.parametrize("how_far", [0, 1, 2])
+def test_a_disk_that_refuses_a_new_block_leaves_the_head_and_what_waits(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, call: str, how_far: int
+) -> None:
+    monkeypatch.setattr("louver.edge.outbox._BLOCK", 1)
+    outbox = Outbox(bundle, options(tmp_path))
+    put(outbox, request(1))
+    real, calls = getattr(os, call), iter(range(10**6))
+
+    def refuse(*arguments: object, **more: object) -> object:
+        if next(calls) >= how_far:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **more)
+
+    kept = [request(1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        try:
+            put(outbox, request(2))
+        except StorageError:
+            pass
+        else:
+            kept.append(request(2))  # it needs fewer of these calls
+    put(outbox, request(3))
+    outbox.close()
+    assert held(bundle, options(tmp_path)) == [*kept, request(3)]
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "open", "replace"])
@@ -418,8 +529,10 @@ sys.path[:0] = [{tests!r}]
 from pathlib import Path
 from test_outbox import options, put, request
 from louver.bundle import read_bundle
+from louver.edge import outbox as module
 from louver.edge.outbox import Outbox
 
+module._BLOCK = 2  # so that a block ends among them
 bundle, here = read_bundle(sys.argv[1]), Path(sys.argv[2])
 
 def crash_at(point):

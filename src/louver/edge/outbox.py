@@ -1,14 +1,15 @@
 """Requests that wait on disk for the cloud: bounded, encrypted, in order, whole after a crash at any moment.
 
     FOLDER/
-    ├── queue.json          what the queue is of (format, bundle) and a check of the key
+    ├── queue.json          what the queue is of (format, bundle), a check of the key, and where unused places begin
     ├── lock                held by the one process that uses the queue
     ├── 000000000007.entry  one request: nonce, then AES-256-GCM of its head and body
     └── *.damaged           entries that did not open; kept for whoever wants to know why
 
 An entry is written under another name, synced, renamed, and its folder synced before it counts as kept; what a crash
 leaves half-written is swept away on opening. Its place and bundle are authenticated with it, so that entries cannot
-change places. It is deleted when its answer has been delivered, and not before. No image is ever here.
+change places; and no place is used twice, so that a copy of a delivered one cannot pass for another. It is deleted when
+its answer has been delivered, and not before. No image is ever here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import fcntl
 import json
 import os
 from functools import partial
+from itertools import count
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -37,6 +39,10 @@ __all__ = ["Outbox"]
 _FORMAT = 1
 _NONCE, _KEY_BYTES = 12, 32
 _MOST_HEAD = 2**12
+_DIGITS = 12
+_BLOCK = 1000
+"""So many places are reserved in queue.json at once, so that few entries write it; a restart skips what is left."""
+
 _refusals = partial(refusals, then="what the queue had acknowledged is whole; free space or mend the disk")
 
 
@@ -65,20 +71,23 @@ class Outbox:
         cipher_of, self._wrong_key = _cryptography()
         for left in self.folder.glob("*.part"):
             left.unlink()
-        entries = sorted(self.folder.glob(f"{'[0-9]' * 12}.entry"))
+        entries = sorted(self.folder.glob(f"{'[0-9]' * _DIGITS}.entry"))
         head = self.folder / "queue.json"
         if not head.exists() and entries:
             raise StorageError(f"{self.folder}: expected queue.json beside the entries, got none; restore it")
         self._cipher = cipher_of(_key(key_file, is_new=not head.exists()))
+        self._sizes = {int(path.stem): path.stat().st_size for path in entries}
         if head.exists():
             self._check_head(head, key_file)
+            self._head: dict[str, object] = json.loads(head.read_bytes())
+            self._reserved = _reserved(self._head, head)
+            self._next = max(self._reserved, max(self._sizes, default=-1) + 1)
         else:
             nonce = os.urandom(_NONCE)
             check = base64.b64encode(nonce + self._cipher.encrypt(nonce, b"", self._bundle_id.encode())).decode()
-            content = json.dumps({"format": _FORMAT, "bundle": self._bundle_id, "key_check": check})
-            _write(head, [content.encode()])
-        self._sizes = {int(path.stem): path.stat().st_size for path in entries}
-        self._next = max(self._sizes, default=-1) + 1
+            self._head = {"format": _FORMAT, "bundle": self._bundle_id, "key_check": check}
+            self._next = 0
+            self._reserve(0)
         self._places: set[int] = set()
 
     def _check_head(self, head: Path, key_file: Path) -> None:
@@ -149,8 +158,17 @@ class Outbox:
                 raise StorageError(f"{self.folder} was closed; nothing was kept; open it again")
             self._check_room(size)
             with _refusals(self.folder):
+                if place >= self._reserved:
+                    self._reserve(place)
                 _write(self._path(place), [nonce, sealed])
             self._sizes[place] = size
+
+    def _reserve(self, place: int) -> None:
+        """Writes down that places up to a block from `place` may be in use, before the first of them is."""
+        most = place + _BLOCK
+        content = json.dumps(self._head | {"places": most})
+        _write(self.folder / "queue.json", [content.encode()], is_replacing=True)
+        self._reserved = most
 
     def _check_room(self, size: int) -> None:
         most, most_bytes = self._settings.queue_most_entries, self._settings.queue_most_bytes
@@ -196,16 +214,30 @@ class Outbox:
         """Moves a damaged entry out of the way; where it is now."""
         path = self._path(place)
         with self._guard, _refusals(self.folder):
-            aside = path.replace(path.with_suffix(".damaged"))
+            aside = path.with_suffix(".damaged")
+            for n in count(1):
+                if not aside.exists():
+                    break
+                aside = path.with_suffix(f".{n}.damaged")
+            path.replace(aside)
             _sync(self.folder)
             self._sizes.pop(place, None)
         return aside
 
     def _path(self, place: int) -> Path:
-        return self.folder / f"{place:012d}.entry"
+        return self.folder / f"{place:0{_DIGITS}d}.entry"
 
     def _seal(self, place: int) -> bytes:
         return f"louver queue {_FORMAT} {self._bundle_id} {place}".encode()
+
+
+def _reserved(head: dict[str, object], path: Path) -> int:
+    """The first place that was never used; 0 in a queue of before they were noted, whose entries alone say it."""
+    places = head.get("places", 0)
+    # With more, names would have more digits than are looked for, and entries would be lost.
+    if type(places) is not int or not 0 <= places < 10**_DIGITS // 2:
+        raise StorageError(f"{path} is damaged (places: {places!r}); restore it, or remove the queue")
+    return places
 
 
 def _cryptography() -> tuple[type[AESGCM], type[InvalidTag]]:
@@ -247,8 +279,11 @@ def _locked(folder: Path) -> int:
     return descriptor
 
 
-def _write(path: Path, parts: list[bytes]) -> None:
-    """Writes `path` for its owner alone, whole or not at all, and not lost by a power cut once this returns."""
+def _write(path: Path, parts: list[bytes], *, is_replacing: bool = False) -> None:
+    """Writes `path` for its owner alone, whole or not at all, and not lost by a power cut once this returns.
+
+    is_replacing: where it fails, `path` stays, as it was or as it was to be.
+    """
     part = path.with_name(path.name + ".part")
     try:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -265,7 +300,8 @@ def _write(path: Path, parts: list[bytes]) -> None:
     except BaseException:
         # After the rename the file may be whole and unsynced: it was not promised, so it must not stay.
         part.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        if not is_replacing:
+            path.unlink(missing_ok=True)
         raise
 
 
