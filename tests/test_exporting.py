@@ -7,7 +7,9 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +19,7 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
+from louver import exporting
 from louver.bundle import CLOUD, EDGE, HEAD, file_hash, read_bundle
 from louver.cli import main
 from louver.config import read_experiment
@@ -27,6 +30,7 @@ from louver.exporting import ExportOptions, _scales, audit_bundle, export_run
 from louver.graphs import given_noise, to_onnx
 from louver.signing import SIGNATURE
 from louver.stochastic import Noise, RandomMask, Stochastic, drawing_from, silenced
+from louver.types import Images
 from toys import SHAPE, Wide
 
 DATA = {
@@ -279,6 +283,39 @@ def test_halves_that_answer_otherwise_are_refused_and_leave_nothing(
     with pytest.raises(BundleError, match=r"do not answer as the split does.*99\.50%"):
         export_run(run, tmp_path / "b", cut="stage2", has_audit=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_proof_draws_its_images_from_all_of_them(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sorted by label, as a folder is: the first ones would show few labels."""
+    whole = load_run(run, cut="stage2")
+    test = whole.roles.test
+    test = test.take(np.argsort(test.column("body"), kind="stable"))
+    sorted_run = replace(whole, roles=replace(whole.roles, test=test))
+    monkeypatch.setattr("louver.exporting.load_run", lambda *_, **__: sorted_run)
+    monkeypatch.setattr("louver.exporting._MOST_COMPARED", 17)
+    genuine, compared = exporting._equivalence, list[Images]()
+
+    def noted(*arguments: Any) -> dict[str, Any]:
+        compared.extend(one for one in arguments if isinstance(one, Images))
+        return genuine(*arguments)
+
+    monkeypatch.setattr("louver.exporting._equivalence", noted)
+    found = export_run(run, tmp_path / "b", options=ExportOptions(min_agreement=0.5, seed=5), has_audit=False)
+    assert found.record["equivalence"]["images"] == 17
+    (drawn,) = (one.column("body") for one in compared)
+    assert drawn.max() == test.column("body").max()
+    assert len(np.unique(drawn)) > len(np.unique(test.column("body")[:17]))
+    assert (np.diff(drawn) >= 0).all(), "in order"
+    assert len(np.unique(compared[0].pixels.reshape(17, -1), axis=0)) == 17
+
+    def places(most: int, seed: int) -> list[int]:
+        numbered = Images(pixels=test.pixels, labels={"place": np.arange(len(test))}, classes={}, name="numbered")
+        return exporting._sample(numbered, most, seed).column("place").tolist()
+
+    assert places(17, 5) == places(17, 5) != places(17, 6)
+    assert places(41, 5) == list(range(40))
 
 
 def test_refusals_say_what_to_do(run: Path, noisy: Path, bundle: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ ORIGIN = "audit"
 SCALES = "scales.safetensors"
 PROGRAM = "edge.pte"
 _ROWS_AT_ONCE = 64
+_MOST_COMPARED = 1000
 _AGREEMENT = 0.995
 _BITS: Mapping[Encoding, Literal[4, 8]] = {"uint8": 8, "uint4": 4}
 
@@ -66,7 +67,8 @@ class ExportOptions:
     has_head: also train a small network that answers on the device while the cloud is away. has_executorch: also write
     the edge as an ExecuTorch program (edge.pte), for one image at a time. calibration_images: of the auxiliary ones, to
     find scales on. min_agreement: the share of test images whose highest score must be where the split in torch has it,
-    in each attribute (for re-identification: the mean cosine); below it nothing is exported.
+    in each attribute (for re-identification: the mean cosine); below it nothing is exported. seed: also of the draws of
+    calibration images and of the test images that are compared, 1,000 at most.
 
     Raises:
         ConfigError: a value out of range.
@@ -220,8 +222,7 @@ class _Sending(nn.Module):
 
 def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOptions, tell: Progress) -> Bundle:
     halves, roles = run.halves.cpu(), run.roles
-    order = np.random.default_rng(options.seed).permutation(len(roles.auxiliary))
-    calibration = roles.auxiliary.take(np.sort(order[: options.calibration_images]))
+    calibration = _sample(roles.auxiliary, options.calibration_images, options.seed)
     example = torch.from_numpy(calibration.floats(slice(0, 2)))
     edge = given_noise(halves.edge, example)
     tell("scales", 0.02)
@@ -271,7 +272,7 @@ def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOp
     )
     tell("comparing with the split", 0.22)
     network = _Bundled(graphs, serving)
-    test = roles.test.take(slice(0, 1000))
+    test = _sample(roles.test, _MOST_COMPARED, options.seed)
     same = _equivalence(halves, edge, network, dequantize, test, options, run.task)
     record = _record(run, serving, options, same, network, len(calibration))
     if options.has_executorch:
@@ -280,6 +281,12 @@ def _export(run: Run, run_folder: Path, made: Path, name: str, options: ExportOp
         same["executorch"] = _equivalence(halves, edge, programmed, dequantize, test, options, run.task)
     _keep_origin(run, run_folder, made / ORIGIN, quantize)
     return _sealed(made, name, serving, record)
+
+
+def _sample(images: Images, most: int, seed: int) -> Images:
+    """A random draw of `most` images, or all of them, in their order: the first ones of a folder are of few classes."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    return images.take(np.sort(order[:most]))
 
 
 def _batches(images: Images) -> Iterator[Tensor]:
