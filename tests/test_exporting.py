@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -19,8 +20,10 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
+from bundles import toy_bundle
+from certificates import key_pair
 from louver import exporting
-from louver.bundle import CLOUD, EDGE, HEAD, file_hash, read_bundle
+from louver.bundle import CLOUD, EDGE, HEAD, check_kept, file_hash, read_bundle
 from louver.cli import main
 from louver.config import read_experiment
 from louver.deployed import DeployedEdge, Session, deployed
@@ -28,9 +31,9 @@ from louver.errors import BundleError, ConfigError, CutError, DataError
 from louver.experiment import load_run, run_experiment
 from louver.exporting import ExportOptions, _scales, audit_bundle, export_run
 from louver.graphs import given_noise, to_onnx
-from louver.signing import SIGNATURE
+from louver.signing import SIGNATURE, Maker, sign_bundle, verify_bundle
 from louver.stochastic import Noise, RandomMask, Stochastic, drawing_from, silenced
-from louver.types import Images
+from louver.types import Audit, Images, Threat, Verdict
 from toys import SHAPE, Wide
 
 DATA = {
@@ -228,6 +231,83 @@ def test_an_audit_of_what_was_changed_since_is_refused_and_vouches_for_nothing(
     assert (folder / "manifest.json").read_bytes() == manifest
     assert (folder / SIGNATURE).read_text() == "signed"
     assert not (tmp_path / "out").exists()
+
+
+class Killed(BaseException):
+    """Nothing that follows happens."""
+
+
+def attacked_by(name: str) -> Audit:
+    verdict = Verdict(passed=True, headline="", checks=(), warnings=())
+    threat = replace(Threat(), name=name)
+    return Audit(
+        name="toy", threat=threat, cuts=(), findings=(), rows=(), verdict=verdict, utility={}, config={},
+        environment={}, seconds=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n_done", range(4))
+def test_an_audit_killed_at_any_write_leaves_a_bundle_that_is_accepted_and_audited_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_done: int
+) -> None:
+    private, public = key_pair(tmp_path, "maker")
+    attackers = iter(["the first", "the second", "the third"])
+    monkeypatch.setattr("louver.exporting.load_run", lambda *_, **__: None)
+    monkeypatch.setattr("louver.exporting._audited", lambda *_: attacked_by(next(attackers)))
+    toy = toy_bundle(folder := tmp_path / "bundle")
+    (folder / "audit").mkdir()
+    (folder / "audit" / "config.toml").write_text("seed = 3")
+    exporting._sealed(folder, toy.name, toy.serving, {"findings": []})
+    calls: list[str] = []
+
+    def counted(call: str, most: int) -> Callable[..., None]:
+        genuine = getattr(os, call)
+
+        def made(path: object, *more: object, **options: object) -> None:
+            calls.append(call)
+            if len(calls) > most:
+                raise Killed
+            genuine(path, *more, **options)
+
+        return made
+
+    def audited(most: int) -> None:
+        calls.clear()
+        with monkeypatch.context() as patch:
+            for call in ("replace", "unlink"):
+                patch.setattr(os, call, counted(call, most))
+            audit_bundle(folder, None)
+
+    audited(4)
+    assert calls == ["unlink", "unlink", "replace", "replace"], "signature, card, manifest, card"
+    sign_bundle(folder, key=private)
+    with pytest.raises(Killed):
+        audited(n_done)
+    assert (folder / SIGNATURE).exists() == (n_done == 0)
+    if n_done > 0:
+        sign_bundle(folder, key=private)
+    verify_bundle(folder, Maker(key=public))
+    audited(4)
+    assert "audit (the third)" in (folder / "CARD.md").read_text()
+    sign_bundle(folder, key=private)
+    verify_bundle(folder, Maker(key=public))
+
+
+def test_a_card_that_does_not_fit_is_written_anew_by_an_audit_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill left it when the card was written before its hash."""
+    monkeypatch.setattr("louver.exporting.load_run", lambda *_, **__: None)
+    monkeypatch.setattr("louver.exporting._audited", lambda *_: attacked_by("whom we fear"))
+    toy = toy_bundle(folder := tmp_path / "bundle")
+    (folder / "audit").mkdir()
+    exporting._sealed(folder, toy.name, toy.serving, {"findings": []})
+    (folder / "CARD.md").write_text("of other findings")
+    with pytest.raises(BundleError, match=r"CARD\.md was changed"):
+        sign_bundle(folder, key=key_pair(tmp_path, "maker")[0])
+    audit_bundle(folder, None)
+    check_kept(read_bundle(folder))
+    assert "whom we fear" in (folder / "CARD.md").read_text()
 
 
 def test_an_edge_with_noise_takes_it_from_outside_and_is_audited_with_it(noisy: Path, tmp_path: Path) -> None:

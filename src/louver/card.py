@@ -6,18 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from louver.bundle import Bundle
-from louver.storage import write_bytes
 
-__all__ = ["card", "write_card"]
+__all__ = ["CARD", "card"]
 
-
-def write_card(bundle: Bundle) -> None:
-    """Writes the card of `bundle` into its folder.
-
-    Raises:
-        StorageError: the disk refused.
-    """
-    write_bytes(bundle.folder / "CARD.md", card(bundle).encode())
+CARD = "CARD.md"
 
 
 def card(bundle: Bundle) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,12 +27,13 @@ from louver.bundle import (
     Bundle,
     Encoding,
     Serving,
+    bundle_id,
     check_kept,
     file_hash,
     read_bundle,
     write_manifest,
 )
-from louver.card import write_card
+from louver.card import CARD, card
 from louver.cut import Split
 from louver.deployed import Session, deployed, drawn
 from louver.errors import BundleError, ConfigError, CutError, DataError
@@ -140,12 +142,14 @@ def audit_bundle(
     `out` becomes a run folder, with the pictures that were attacked and what came of them.
 
     Raises:
-        BundleError: a bundle without the files that an audit needs, or with a changed one.
+        BundleError: a bundle without the files that an audit needs, or with a changed one (a changed card is replaced).
         LouverError: whatever the audit refuses; the manifest stays as it was.
     """
     bundle = read_bundle(folder, needs=(EDGE, CLOUD))
-    # Before anything is read from there: the new hashes would vouch for what somebody changed.
-    check_kept(bundle)
+    # Before anything is read from there: the new hashes would vouch for what somebody changed. Not the card, which is
+    # made of the manifest: one that does not fit it is written anew with the findings.
+    kept = {file: digest for file, digest in bundle.record.get("kept", {}).items() if file != CARD}
+    check_kept(replace(bundle, record=dict(bundle.record) | {"kept": kept}))
     if not (folder / ORIGIN).is_dir():
         raise BundleError(
             f"expected a folder {ORIGIN!r} in {folder}, got none; audit the bundle as it was exported, and "
@@ -177,15 +181,21 @@ def _with_findings(bundle: Bundle, found: Audit) -> Bundle:
 
 
 def _sealed(folder: Path, name: str, serving: Serving, record: dict[str, Any]) -> Bundle:
-    """The bundle with its manifest and card written, and the hashes of all that no graph needs noted."""
-    write_card(write_manifest(folder, name, serving, record))
-    paths = [
-        folder / "CARD.md",
-        *folder.glob(PROGRAM),
-        *sorted(path for path in (folder / ORIGIN).rglob("*") if path.is_file()),
-    ]
-    kept = {path.relative_to(folder).as_posix(): file_hash(path) for path in paths}
-    return write_manifest(folder, name, serving, record | {"kept": kept})
+    """The bundle with its manifest and card written, and the hashes of all that no graph needs noted.
+
+    Ended anywhere in between, it leaves a bundle that is accepted: the old one or the new one, maybe without its card.
+    """
+    bundle = Bundle(folder=folder, name=name, id=bundle_id(name, serving), serving=serving, record=record)
+    text = card(bundle).encode()
+    paths = [*folder.glob(PROGRAM), *sorted(path for path in (folder / ORIGIN).rglob("*") if path.is_file())]
+    kept = {CARD: hashlib.sha256(text).hexdigest()}
+    kept |= {path.relative_to(folder).as_posix(): file_hash(path) for path in paths}
+    with refusals(folder / CARD):
+        # A card that is missing is no change; the old one beside the new manifest would be.
+        (folder / CARD).unlink(missing_ok=True)
+    bundle = write_manifest(folder, name, serving, record | {"kept": kept})
+    write_bytes(folder / CARD, text)
+    return bundle
 
 
 @contextmanager
