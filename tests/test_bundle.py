@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bundles import FEATURE, IMAGE, N_SCORES, toy_bundle
-from louver.bundle import CLOUD, EDGE, HEAD, read_bundle, write_manifest
+from louver.bundle import CLOUD, EDGE, HEAD, _serving, bundle_id, check_kept, read_bundle, write_manifest
 from louver.errors import BundleError
 
 
@@ -67,6 +70,7 @@ def _set(*keys: str | int, to: object) -> object:
     return change
 
 
+NOISE = {"name": "noise_0", "shape": [4], "kind": "normal"}
 WRONG = {
     "a newer format": (_set("format", to=2), "expected format 1"),
     "another cut": (_set("serving", "cut", to="layer9"), "id is not that of its content"),
@@ -82,6 +86,23 @@ WRONG = {
     "an unknown key": (_set("serving", "colour", to=1), "damaged"),
     "shapes that are no list": (_set("serving", "image_shape", to=3), "damaged"),
     "no object": (_set("serving", to=[]), "damaged"),
+    "a label that is no number": (_set("serving", "labels", 0, to=float("nan")), "finite"),
+    "a cut that is no number": (_set("serving", "cut", to=float("nan")), "finite"),
+    "a figure past all numbers": (_set("record", "findings", to=[float("inf")]), "finite"),
+    "labels that are numbers": (_set("serving", "labels", to=list(range(N_SCORES))), "expected text"),
+    "a cut that is a list": (_set("serving", "cut", to=["conv"]), "expected text"),
+    "half a sign": (_set("serving", "labels", 0, to="\ud800"), "expected text"),
+    "noise whose name is a number": (_set("serving", "noise", to=[dict(NOISE, name=1)]), "expected text"),
+    "an image hidden by noise": (
+        lambda content: content["serving"].update(image_shape=[0], noise=[dict(NOISE, name="image")]),
+        "expected image sizes",
+    ),
+    "a record that is no object": (_set("record", to=3), "damaged"),
+    "kept that is a list": (_set("record", "kept", to=["CARD.md"]), "expected `kept`"),
+    "kept that has no hash": (_set("record", "kept", to={"CARD.md": "0"}), "SHA-256 of a file in the bundle"),
+    "kept outside": (_set("record", "kept", to={"audit/../../x": "0" * 64}), "SHA-256 of a file in the bundle"),
+    "kept at the root": (_set("record", "kept", to={"/etc/passwd": "0" * 64}), "SHA-256 of a file in the bundle"),
+    "kept past any disk": (_set("record", "kept", to={"x" * 400: "0" * 64}), "SHA-256 of a file in the bundle"),
 }
 
 
@@ -94,6 +115,74 @@ def test_a_wrong_manifest_is_refused_with_what_to_do(tmp_path: Path, case: str) 
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match=words):
         read_bundle(tmp_path)
+
+
+def test_an_id_that_fits_lets_no_wrong_manifest_pass(tmp_path: Path) -> None:
+    toy_bundle(tmp_path)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content["serving"]["labels"] = list(range(N_SCORES))
+    content["id"] = bundle_id(content["name"], _serving(content["serving"]))
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="expected text"):
+        read_bundle(tmp_path)
+
+
+def test_a_number_past_all_numbers_is_refused_however_it_is_written(tmp_path: Path) -> None:
+    toy_bundle(tmp_path)
+    path = tmp_path / "manifest.json"
+    for written in ("NaN", "-Infinity", "1e999"):
+        path.write_text(json.dumps(dict(json.loads(path.read_text()), record={})).replace("{}", f'{{"x": {written}}}'))
+        with pytest.raises(BundleError, match="expected a finite number"):
+            read_bundle(tmp_path)
+        toy_bundle(tmp_path)
+
+
+def _places(content: object, at: tuple = ()) -> list[tuple]:
+    """The way to each value of a JSON document."""
+    found = [at] if at else []
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            found += _places(value, (*at, key))
+    return found
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A bundle with all that a manifest can hold, and its manifest."""
+    folder = tmp_path_factory.mktemp("noisy")
+    made = toy_bundle(folder, has_noise=True)
+    kept = {"CARD.md": "0" * 64, "audit/config.toml": "1" * 64}
+    write_manifest(folder, made.name, made.serving, {"findings": [{"mean": 0.5}], "kept": kept})
+    return folder, (folder / "manifest.json").read_text()
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_whatever_a_manifest_holds_it_is_a_bundle_or_refused(noisy: tuple[Path, str], data: st.DataObject) -> None:
+    folder, whole = noisy
+    content = json.loads(whole)
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.sampled_from(_places(content)))
+        _set(*place, to=data.draw(ANYTHING))(content)
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        content["id"] = bundle_id(content["name"], _serving(content["serving"]))
+    (folder / "manifest.json").write_text(json.dumps(content))
+    try:
+        bundle = read_bundle(folder)
+    except BundleError as error:
+        str(error).encode()
+        return
+    assert all(isinstance(one, str) for one in (bundle.serving.cut, *bundle.serving.labels))
+    check_kept(bundle)
+    assert write_manifest(folder, bundle.name, bundle.serving, bundle.record).id == bundle.id
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"format": 1}', b"\xff\xfe", b"[" * 100_000])

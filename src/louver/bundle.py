@@ -44,6 +44,7 @@ EDGE, CLOUD, HEAD, MANIFEST = "edge.onnx", "cloud.onnx", "head.onnx", "manifest.
 FORMAT = 1
 _MOST_MANIFEST_BYTES = 2**24
 _MOST_ELEMENTS = 2**28
+_MOST_NAME_BYTES = 255
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -145,7 +146,7 @@ def read_bundle(folder: Path | str, *, needs: Sequence[str] = ()) -> Bundle:
     if path.stat().st_size > _MOST_MANIFEST_BYTES:
         raise BundleError(f"{path}: expected at most {_MOST_MANIFEST_BYTES} bytes, got {path.stat().st_size}")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
         if content["format"] != FORMAT:
             raise BundleError(
                 f"{path}: expected format {FORMAT}, got {content['format']!r}; use the Louver that wrote it"
@@ -155,13 +156,14 @@ def read_bundle(folder: Path | str, *, needs: Sequence[str] = ()) -> Bundle:
             folder=folder, name=content["name"], id=content["id"], serving=serving, record=dict(content["record"])
         )
         _check(bundle)
+        wanted = bundle_id(bundle.name, serving)
     except BundleError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(
             f"{path} is damaged ({type(error).__name__}: {error}); copy or export the bundle again"
         ) from error
-    if bundle.id != bundle_id(bundle.name, serving):
+    if bundle.id != wanted:
         raise BundleError(f"{path}: the id is not that of its content; copy or export the bundle again")
     for file in needs:
         bundle.content(file)
@@ -198,7 +200,11 @@ def check_kept(bundle: Bundle) -> None:
     kept: Mapping[str, str] = bundle.record.get("kept", {})
     for file, digest in kept.items():
         path = bundle.folder / file
-        if path.is_file() and file_hash(path) != digest:
+        try:
+            is_changed = path.is_file() and file_hash(path) != digest
+        except OSError as error:
+            raise BundleError(f"{path}: {error.strerror}; see who may read it") from error
+        if is_changed:
             raise BundleError(f"{path} was changed since it was exported; export the bundle again")
 
 
@@ -206,6 +212,14 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finite(text: str) -> float:
+    """A number of JSON; Python would also read NaN and 1e999, which nothing that writes a manifest writes."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {text[:20]}")
+    return number
 
 
 def _serving(found: Any) -> Serving:  # noqa: ANN401 - JSON
@@ -226,8 +240,10 @@ def _check(bundle: Bundle) -> None:
         )
     if serving.encoding not in get_args(Encoding):
         raise BundleError(f"{where}: expected an encoding of {', '.join(get_args(Encoding))}, got {serving.encoding!r}")
-    shapes = {"image": serving.image_shape, "feature": serving.feature_shape, "output": serving.output_shape}
-    for what, shape in {**shapes, **{one.name: one.shape for one in serving.noise}}.items():
+    if not all(map(_is_text, (serving.cut, *serving.labels, *(one.name for one in serving.noise)))):
+        raise BundleError(f"{where}: expected text for the cut, the labels and the names of noise; export it again")
+    shapes = [("image", serving.image_shape), ("feature", serving.feature_shape), ("output", serving.output_shape)]
+    for what, shape in (*shapes, *((one.name, one.shape) for one in serving.noise)):
         is_whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape)
         if not shape or not is_whole or math.prod(shape) > _MOST_ELEMENTS:
             raise BundleError(f"{where}: expected {what} sizes of 1 or more, got {shape}")
@@ -238,5 +254,29 @@ def _check(bundle: Bundle) -> None:
             f"{where}: expected as many labels as scores, got {len(serving.labels)} for {serving.output_shape}"
         )
     for file, digest in serving.files.items():
-        if file not in (EDGE, CLOUD, HEAD) or not isinstance(digest, str) or not _HASH.fullmatch(digest):
+        if file not in (EDGE, CLOUD, HEAD) or not _is_hash(digest):
             raise BundleError(f"{where}: expected the SHA-256 of {EDGE}, {CLOUD} or {HEAD}, got {file!r}: {digest!r}")
+    kept = bundle.record.get("kept", {})
+    if not isinstance(kept, Mapping):
+        raise BundleError(f"{where}: expected `kept` to be files with their SHA-256, got {type(kept).__name__}")
+    for file, digest in kept.items():
+        if not _is_inside(file) or not _is_hash(digest):
+            raise BundleError(
+                f"{where}: expected the SHA-256 of a file in the bundle, got {str(file)[:100]!r}: {str(digest)[:100]!r}"
+            )
+
+
+def _is_text(found: object) -> bool:
+    # Half of a surrogate pair, which JSON can hold, breaks whoever prints or sends it.
+    return isinstance(found, str) and not any("\ud800" <= sign <= "\udfff" for sign in found)
+
+
+def _is_hash(found: object) -> bool:
+    return isinstance(found, str) and _HASH.fullmatch(found) is not None
+
+
+def _is_inside(file: object) -> bool:
+    """Whether it is a path that stays in the bundle's folder, and that a file system can hold."""
+    if not isinstance(file, str) or not _is_text(file) or "\0" in file:
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) <= _MOST_NAME_BYTES for part in file.split("/"))

@@ -266,6 +266,19 @@ def test_a_bundle_that_does_not_load_leaves_what_was_there(tmp_path, opened):
     assert ids(repository) == [("toy", b.id)]
 
 
+def test_a_manifest_that_holds_no_number_leaves_the_others_to_be_read(tmp_path, opened):
+    a, _ = (toy_bundle(tmp_path / "all" / name, seed=seed, name=name) for seed, name in enumerate("ab"))
+    repository = opened(tmp_path / "all")
+    manifest = tmp_path / "all" / "a" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["serving"]["labels"][0] = float("nan")
+    manifest.write_text(json.dumps(content))
+    new = toy_bundle(tmp_path / "all" / "b", seed=2, name="b")
+    (failure,) = repository.reload()
+    assert "finite" in failure
+    assert ids(repository) == [("a", a.id), ("b", new.id)]
+
+
 def test_what_is_in_flight_is_finished_by_the_version_it_was_sent_to(tmp_path, opened):
     old = toy_bundle(tmp_path / "b")
     repository = opened(tmp_path / "b", keep_s=0)

@@ -301,7 +301,11 @@ def test_a_damaged_entry_is_set_aside_and_the_rest_is_sent(
     [
         (b"", "is damaged"),
         (b"[]", "is damaged"),
+        (b"[" * 100_000, "is damaged"),
         (b'{"format": 2, "bundle": "", "key_check": ""}', "expected format 1, got 2"),
+        (b'{"format": 1, "bundle": "%s", "key_check": ""}', "expected 28 bytes, got 0"),
+        (b'{"format": 1, "bundle": "%s", "key_check": "AAAA"}', "expected 28 bytes, got 3"),
+        (b'{"format": 1, "bundle": "%s", "key_check": null}', "is damaged"),
         (None, r"expected queue\.json beside the entries"),
     ],
 )
@@ -313,7 +317,7 @@ def test_a_damaged_head_is_refused(tmp_path: Path, bundle: Bundle, content: byte
     if content is None:
         head.unlink()
     else:
-        head.write_bytes(content)
+        head.write_bytes(content.replace(b"%s", bundle.id.encode()))
     with pytest.raises(StorageError, match=words):
         Outbox(bundle, options(tmp_path))
 

@@ -343,11 +343,24 @@ async def _look(keeper: Any, again: asyncio.Event) -> None:  # noqa: ANN401 - Ra
             _log.info("replicas", extra={"replicas": replicas})
         if again.is_set():
             again.clear()
-            for failure in await keeper.reload.remote():
-                _log.error("bundle not loaded: what was served goes on", extra={"reason": failure})
-            _, contents = await keeper.contents.remote()
-            _log.info("bundles read", extra={"versions": [one.version for one in contents if not one.is_leaving]})
+            await _read_again(keeper)
         await asyncio.sleep(_LOOK_S)
+
+
+async def _read_again(keeper: Any) -> None:  # noqa: ANN401 - Ray's
+    from ray.exceptions import RayTaskError
+
+    try:
+        failures = await keeper.reload.remote()
+    except RayTaskError as error:
+        # It broke there, and the keeper lives; where the keeper is lost, Ray raises another of its errors.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+        _log.error("bundles not read: what was served goes on", extra={"reason": reason})
+        return
+    for failure in failures:
+        _log.error("bundle not loaded: what was served goes on", extra={"reason": failure})
+    _, contents = await keeper.contents.remote()
+    _log.info("bundles read", extra={"versions": [one.version for one in contents if not one.is_leaving]})
 
 
 def _write(seen: Seen) -> None:

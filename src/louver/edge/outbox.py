@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Outbox"]
 
 _FORMAT = 1
-_NONCE, _KEY_BYTES = 12, 32
+_NONCE, _TAG, _KEY_BYTES = 12, 16, 32
 _MOST_HEAD = 2**12
 _DIGITS = 12
 _BLOCK = 1000
@@ -94,7 +94,7 @@ class Outbox:
         try:
             content = json.loads(head.read_bytes())
             found, bundle_id, check = content["format"], content["bundle"], base64.b64decode(content["key_check"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(
                 f"{head} is damaged ({type(error).__name__}); restore it, or remove the queue"
             ) from error
@@ -104,6 +104,12 @@ class Outbox:
             raise ConfigError(
                 f"{self.folder} holds features of bundle {bundle_id}, this is {self._bundle_id}; send them with that "
                 "bundle first, or choose another queue_folder"
+            )
+        # Cut short it would say nothing of the key: the cipher refuses the nonce itself, as no error of ours.
+        if len(check) != _NONCE + _TAG:
+            raise StorageError(
+                f"{head} is damaged (key_check: expected {_NONCE + _TAG} bytes, got {len(check)}); restore it, or "
+                "remove the queue"
             )
         try:
             self._cipher.decrypt(check[:_NONCE], check[_NONCE:], bundle_id.encode())
