@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +61,39 @@ def test_a_changed_byte_is_refused(tmp_path: Path, file: str) -> None:
     (tmp_path / file).write_bytes(content)
     with pytest.raises(BundleError, match="not the file that was exported"):
         read_bundle(tmp_path, needs=(file,))
+
+
+def test_all_files_are_of_the_folder_that_a_link_led_to(tmp_path: Path) -> None:
+    for seed, name in enumerate(("old", "new")):
+        toy_bundle(tmp_path / name, seed=seed)
+    link = tmp_path / "link"
+    link.symlink_to("old")
+    bundle = read_bundle(link)
+    link.unlink()
+    link.symlink_to("new")
+    assert bundle.folder == link
+    assert bundle.content(CLOUD) == (tmp_path / "old" / CLOUD).read_bytes()
+    assert bundle.manifest == (tmp_path / "old" / "manifest.json").read_bytes()
+    assert read_bundle(link).content(CLOUD) == (tmp_path / "new" / CLOUD).read_bytes()
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_bundle(tmp_path / "b")
+    ring = tmp_path / "ring"
+    ring.symlink_to(ring)
+    with pytest.raises(BundleError, match=r"no manifest\.json"):
+        read_bundle(ring)
+    (tmp_path / "b" / CLOUD).unlink()
+    os.mkfifo(tmp_path / "b" / CLOUD)
+    with pytest.raises(BundleError, match=r"expected cloud\.onnx"):
+        read_bundle(tmp_path / "b", needs=(CLOUD,))
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(BundleError, match="Permission denied; see who may read it"):
+        read_bundle(tmp_path / "b")
 
 
 def _set(*keys: str | int, to: object) -> object:

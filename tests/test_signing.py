@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
 import logging
 import os
 import socket
 import stat
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +21,17 @@ from sigstore._internal.rekor import RekorClientError
 from sigstore.errors import VerificationError
 from sigstore.oidc import IdentityError
 
+import louver.signing
 from bundles import toy_bundle
 from certificates import key_pair
-from louver.bundle import CLOUD, EDGE, file_hash, write_manifest
+from louver.bundle import CLOUD, EDGE, file_hash, read_bundle, write_manifest
 from louver.cli import main
 from louver.cloud import Repository
+from louver.cloud import Settings as CloudSettings
+from louver.cloud.keeper import Keeper
+from louver.cloud.models import load_model
 from louver.edge import Edge, Settings
-from louver.errors import BundleError, ConfigError
+from louver.errors import BundleError, ConfigError, StorageError
 from louver.signing import SIGNATURE, Maker, sign_bundle, verify_bundle
 
 
@@ -73,6 +81,109 @@ def test_a_changed_byte_is_refused(tmp_path: Path, bundle: Path, file: str) -> N
     sign_bundle(bundle, key=private)
     changed(bundle / file)
     with pytest.raises(BundleError):
+        verify_bundle(bundle, Maker(key=public))
+
+
+def by_link(folder: Path, other: Path) -> None:
+    beside = folder.with_name("beside")
+    beside.symlink_to(other)
+    beside.replace(folder)
+
+
+def by_name(folder: Path, other: Path) -> None:
+    folder.resolve().rename(folder.with_name("away"))
+    other.rename(folder.resolve())
+
+
+def loaded(folder: Path, maker: Maker) -> str:
+    return load_model(folder, threads=1, maker=maker).version
+
+
+def opened(folder: Path, maker: Maker) -> str:
+    with Edge(folder, server="http://127.0.0.1:9", settings=Settings(maker_key=maker.key)) as edge:
+        return edge.bundle.id
+
+
+def handed_out(folder: Path, maker: Maker) -> str:
+    _, (one,) = asyncio.run(Keeper([folder], CloudSettings(), keep_s=0, maker=maker).contents())
+    content = json.loads(one.manifest)
+    assert (content["id"], content["serving"]["files"][CLOUD]) == (one.version, hashlib.sha256(one.cloud).hexdigest())
+    return one.version
+
+
+@pytest.mark.parametrize("swap", [by_link, by_name])
+@pytest.mark.parametrize("moment", ["before the signature", "after it", "before the graphs"])
+@pytest.mark.parametrize("read", [loaded, opened, handed_out])
+def test_what_was_verified_is_what_is_used_whatever_takes_its_place(
+    tmp_path: Path,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[[Path, Maker], str],
+    moment: str,
+    swap: Callable[[Path, Path], None],
+) -> None:
+    private, public = key_pair(tmp_path, "maker")
+    sign_bundle(bundle, key=private)
+    link, unsigned = tmp_path / "link", tmp_path / "unsigned"
+    link.symlink_to(bundle)
+    toy_bundle(unsigned, seed=9)
+    signed = read_bundle(bundle).id
+    swaps = []
+
+    def swapped() -> None:
+        if not swaps:
+            swaps.append(swap(link, unsigned))
+
+    def hook(owner: object, name: str, *, is_after: bool = False) -> None:
+        whole = getattr(owner, name)
+
+        def hooked(*arguments: object, **named: object) -> object:
+            if not is_after:
+                swapped()
+            found = whole(*arguments, **named)
+            if is_after:
+                swapped()
+            return found
+
+        monkeypatch.setattr(owner, name, hooked)
+
+    if moment == "before the signature":
+        hook(louver.signing, "bytes_of")
+    elif moment == "after it":
+        hook(verifying.Config, "verify", is_after=True)
+    else:
+        hook(louver.signing, "check_kept", is_after=True)
+    try:
+        assert read(link, Maker(key=public)) == signed
+    except BundleError:
+        assert swap is by_name, "where a link is moved, what it led to is there still"
+    assert swaps
+
+
+def test_what_was_found_whole_is_what_is_signed(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = key_pair(tmp_path, "maker")
+    link, other = tmp_path / "link", tmp_path / "other"
+    link.symlink_to(bundle)
+    toy_bundle(other, seed=9)
+    sign = signing.Config.sign
+
+    def swapped(config: signing.Config, *arguments: Path) -> None:
+        by_link(link, other)
+        sign(config, *arguments)
+
+    monkeypatch.setattr(signing.Config, "sign", swapped)
+    assert sign_bundle(link, key=private) == link / SIGNATURE
+    assert verify_bundle(bundle, Maker(key=public)).id == read_bundle(bundle).id
+    assert not (other / SIGNATURE).exists()
+
+
+def test_without_a_place_for_a_copy_nothing_is_taken_for_forged(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, public = key_pair(tmp_path, "maker")
+    sign_bundle(bundle, key=private)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="TMPDIR"):
         verify_bundle(bundle, Maker(key=public))
 
 

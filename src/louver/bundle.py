@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -101,6 +101,10 @@ class Bundle:
     id: str
     serving: Serving
     record: Mapping[str, Any] = field(default_factory=dict)
+    manifest: bytes = field(default=b"", repr=False, compare=False)
+    """What it was read from, byte for byte; empty for one that was written here."""
+    place: Path | None = field(default=None, repr=False, compare=False)
+    """`folder` without symbolic links when it was read: all files are of this one, also where a link is moved."""
 
     def path(self, file: str) -> Path:
         """Where one of its graphs is.
@@ -110,7 +114,11 @@ class Bundle:
         """
         if file not in self.serving.files:
             raise BundleError(f"{self.folder}: this bundle was exported without {file}; export it again with it")
-        return self.folder / file
+        return self.beside(file)
+
+    def beside(self, file: str) -> Path:
+        """Where any file of the bundle is, or would be."""
+        return (self.place or self.folder) / file
 
     def content(self, file: str) -> bytes:
         """One of its graphs, read once and found to be the one that was exported: what is checked is what is used.
@@ -119,9 +127,9 @@ class Bundle:
             BundleError: the bundle has no such graph, or a changed byte in it.
         """
         path = self.path(file)
-        if not path.is_file():
+        content = bytes_of(path)
+        if content is None:
             raise BundleError(f"expected {file} in {self.folder}, got none; copy the whole bundle")
-        content = path.read_bytes()
         wanted, found = self.serving.files[file], hashlib.sha256(content).hexdigest()
         if found != wanted:
             raise BundleError(
@@ -131,29 +139,42 @@ class Bundle:
         return content
 
 
-def read_bundle(folder: Path | str, *, needs: Sequence[str] = ()) -> Bundle:
+def read_bundle(
+    folder: Path | str, *, needs: Sequence[str] = (), vouch: Callable[[Path, bytes], None] | None = None
+) -> Bundle:
     """The bundle in `folder`; of its graphs, those in `needs` must be there and be the ones that were exported.
+
+    vouch: is given where the manifest is and its bytes, before anything is taken from them, and raises if they are not
+    to be used.
 
     Raises:
         BundleError: no bundle there, of a newer format, damaged, or a changed byte in what it needs.
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    if not path.is_file():
+    place = _without_links(folder)
+    manifest = None if place is None else bytes_of(place / MANIFEST, most=_MOST_MANIFEST_BYTES)
+    if place is None or manifest is None:
         raise BundleError(
             f"expected a bundle in {folder}, got no {MANIFEST}; make one with `louver export RUN -o {folder}`"
         )
-    if path.stat().st_size > _MOST_MANIFEST_BYTES:
-        raise BundleError(f"{path}: expected at most {_MOST_MANIFEST_BYTES} bytes, got {path.stat().st_size}")
+    if vouch is not None:
+        vouch(place, manifest)
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
+        content = json.loads(manifest, parse_constant=_finite, parse_float=_finite)
         if content["format"] != FORMAT:
             raise BundleError(
                 f"{path}: expected format {FORMAT}, got {content['format']!r}; use the Louver that wrote it"
             )
         serving = _serving(content["serving"])
         bundle = Bundle(
-            folder=folder, name=content["name"], id=content["id"], serving=serving, record=dict(content["record"])
+            folder=folder,
+            name=content["name"],
+            id=content["id"],
+            serving=serving,
+            record=dict(content["record"]),
+            manifest=manifest,
+            place=place,
         )
         _check(bundle)
         wanted = bundle_id(bundle.name, serving)
@@ -199,7 +220,7 @@ def check_kept(bundle: Bundle) -> None:
     """
     kept: Mapping[str, str] = bundle.record.get("kept", {})
     for file, digest in kept.items():
-        path = bundle.folder / file
+        path = bundle.beside(file)
         try:
             is_changed = path.is_file() and file_hash(path) != digest
         except OSError as error:
@@ -212,6 +233,35 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bytes_of(path: Path, *, most: int | None = None) -> bytes | None:
+    """A file's bytes, read once; None if there is no file.
+
+    Raises:
+        BundleError: it may not be read, or holds more than `most`.
+    """
+    try:
+        # Nothing but a file is opened: a pipe would be waited for.
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            content = file.read(-1 if most is None else most + 1)
+    except FileNotFoundError:
+        return None  # gone since: somebody is replacing the bundle
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}; see who may read it") from error
+    if most is not None and len(content) > most:
+        raise BundleError(f"{path}: expected at most {most} bytes, got more")
+    return content
+
+
+def _without_links(folder: Path) -> Path | None:
+    """The folder itself, if links lead to one."""
+    try:
+        return folder.resolve()
+    except (RuntimeError, ValueError):  # links in a ring; a name that no file system holds
+        return None
 
 
 def _finite(text: str) -> float:

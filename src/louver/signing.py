@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from louver.bundle import MANIFEST, Bundle, check_kept, read_bundle
+from louver.bundle import MANIFEST, Bundle, bytes_of, check_kept, read_bundle
 from louver.errors import BundleError, ConfigError, MissingExtraError
-from louver.storage import write_bytes
+from louver.storage import refusals, write_bytes
 
 __all__ = ["SIGNATURE", "Maker", "sign_bundle", "verify_bundle"]
 
 SIGNATURE = "manifest.json.sig"
+_MOST_SIGNATURE_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def sign_bundle(
         ConfigError: a key that cannot be read, or no way to sign without one.
         StorageError: the disk refused.
     """
-    bundle = _whole(folder)
+    bundle = _whole(read_bundle(folder))
     try:
         from model_signing import signing
     except ImportError as error:
@@ -65,9 +66,12 @@ def sign_bundle(
             config.use_elliptic_key_signer(private_key=key, password=secret)
         else:
             config.use_sigstore_signer(identity_token=identity_token, use_ambient_credentials=identity_token is None)
-        # Elsewhere, and then written whole: a signature cut short would be taken for a wrong one.
+        # Of the bytes that were found whole. Elsewhere, and then written whole: a signature cut short would be taken
+        # for a wrong one.
         with tempfile.TemporaryDirectory() as there:
-            config.sign(bundle.folder / MANIFEST, Path(there) / SIGNATURE)
+            copy = Path(there) / MANIFEST
+            copy.write_bytes(bundle.manifest)
+            config.sign(copy, Path(there) / SIGNATURE)
             content = (Path(there) / SIGNATURE).read_bytes()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"cannot sign with {key or 'this identity'}: {error}") from error
@@ -78,25 +82,33 @@ def sign_bundle(
             f"cannot sign without a key ({_told(error)}): that needs a network on which Sigstore is reached, and a "
             "token, or a browser, that says who signs; mend that, or give a key by --key"
         ) from error
-    return write_bytes(folder / SIGNATURE, content)
+    write_bytes(bundle.beside(SIGNATURE), content)
+    return folder / SIGNATURE
 
 
 def verify_bundle(folder: Path, maker: Maker) -> Bundle:
     """The bundle in `folder`, if its signature is by `maker`; an identity is looked up at Sigstore, over the network.
 
-    Every file that is there must be the one that was signed.
+    Every file that is there must be the one that was signed. What the bundle says is taken from the very bytes that
+    the signature is of, whatever is moved into their place meanwhile.
 
     Raises:
         BundleError: no signature, one by someone else, or a changed byte; or Sigstore, which knows the identity, is not
             reached.
         ConfigError: a key that cannot be read.
+        StorageError: no temporary folder to verify a copy in.
     """
+    return _whole(read_bundle(folder, vouch=lambda place, manifest: _vouch(folder, place, manifest, maker)))
+
+
+def _vouch(folder: Path, place: Path, manifest: bytes, maker: Maker) -> None:
+    """Raises unless the signature in `place` is of these bytes, and by the maker."""
     try:
         from model_signing import verifying
     except ImportError as error:
         raise _missing() from error
-    signature = folder / SIGNATURE
-    if not signature.is_file():
+    signature = bytes_of(place / SIGNATURE, most=_MOST_SIGNATURE_BYTES)
+    if signature is None:
         raise BundleError(
             f"expected a signature {SIGNATURE} in {folder}, got none; sign it with `louver sign {folder}`"
         )
@@ -116,14 +128,19 @@ def verify_bundle(folder: Path, maker: Maker) -> Bundle:
                 f"{folder}: cannot verify a signature by {maker.identity} ({_told(error)}): that needs a network on "
                 "which Sigstore is reached; mend that, or have the bundle signed with a key and verify by that"
             ) from error
-    try:
-        config.verify(folder / MANIFEST, signature)
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise BundleError(
-            f"{folder}: the signature does not vouch for this bundle ({reason}); take it from its maker again"
-        ) from error
-    return _whole(folder)
+    # The library reads by path, and reads again: only of copies that are ours is what it verified what we hold.
+    then = "free space in the temporary folder, or name another by TMPDIR"
+    with refusals("a copy of the manifest", then=then), tempfile.TemporaryDirectory() as there:
+        copies = Path(there) / MANIFEST, Path(there) / SIGNATURE
+        for copy, content in zip(copies, (manifest, signature), strict=True):
+            copy.write_bytes(content)
+        try:
+            config.verify(*copies)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise BundleError(
+                f"{folder}: the signature does not vouch for this bundle ({reason}); take it from its maker again"
+            ) from error
 
 
 def _keyless_errors() -> tuple[type[Exception], ...]:
@@ -145,10 +162,11 @@ def _told(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-def _whole(folder: Path) -> Bundle:
+def _whole(bundle: Bundle) -> Bundle:
     """The bundle, each of its files that is here checked."""
-    bundle = read_bundle(folder)
-    bundle = read_bundle(folder, needs=[file for file in bundle.serving.files if (folder / file).is_file()])
+    for file in bundle.serving.files:
+        if bundle.path(file).is_file():
+            bundle.content(file)
     check_kept(bundle)
     return bundle
 

@@ -27,7 +27,7 @@ from louver.cloud.refusals import Refusal
 from louver.cloud.repository import bundles_in
 from louver.cloud.settings import Settings
 from louver.cloud.tokens import Client
-from louver.errors import BundleError, LouverError, StorageError
+from louver.errors import LouverError, StorageError
 from louver.signing import Maker, verify_bundle
 from louver.storage import refusals
 
@@ -272,12 +272,9 @@ def read_contents(paths: Sequence[Path], maker: Maker | None = None) -> dict[str
     found: dict[str, Content] = {}
     for path in paths:
         for folder in bundles_in(path):
-            try:
-                bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
-                manifest, cloud = (folder / MANIFEST).read_bytes(), bundle.content(CLOUD)
-            except OSError as error:
-                raise BundleError(f"{folder}: {error.strerror}; see who may read it") from error
-            found.setdefault(bundle.id, Content(version=bundle.id, manifest=manifest, cloud=cloud))
+            bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
+            content = Content(version=bundle.id, manifest=bundle.manifest, cloud=bundle.content(CLOUD))
+            found.setdefault(bundle.id, content)
     return found
 
 

@@ -51,11 +51,8 @@ def load_model(folder: Path, *, threads: int, maker: Maker | None = None) -> Mod
         BundleError: no bundle, a changed byte, a graph that onnxruntime refuses, or another than the manifest says.
         ConfigError: the maker's key cannot be read.
     """
-    try:
-        bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
-        content = bundle.content(CLOUD)
-    except OSError as error:
-        raise BundleError(f"{folder}: {error.strerror}; see who may read it") from error
+    bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
+    content = bundle.content(CLOUD)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
