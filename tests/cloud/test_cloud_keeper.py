@@ -200,6 +200,32 @@ def test_a_replaced_bundle_is_handed_out_as_leaving_for_a_while(kept, tmp_path):
     asyncio.run(ask())
 
 
+def test_one_broken_bundle_holds_up_no_other(tmp_path):
+    place = tmp_path / "all"
+    one, old = (toy_bundle(place / name, name=name, seed=seed) for seed, name in enumerate(("one", "two")))
+    keeper = Keeper([place], Settings(), keep_s=60)
+
+    def versions() -> dict[str, bool]:
+        return {one.version: one.is_leaving for one in asyncio.run(keeper.contents())[1]}
+
+    whole = (place / "one" / CLOUD).read_bytes()
+    (place / "one" / CLOUD).write_bytes(whole[:-1])
+    new = toy_bundle(place / "two", name="two", seed=2)
+    (failure,) = asyncio.run(keeper.reload())
+    assert f"{place / 'one' / CLOUD} is not the file that was exported" in failure
+    assert versions() == {one.id: False, new.id: False, old.id: True}
+    third = toy_bundle(place / "three", name="three", seed=3)
+    (place / "two" / "manifest.json").write_text("{")
+    assert len(asyncio.run(keeper.reload())) == 2
+    assert versions() == {one.id: False, new.id: False, old.id: True, third.id: False}
+    with pytest.raises(BundleError):  # at the start nothing was there that could stay
+        Keeper([place], Settings(), keep_s=60)
+    place.rename(tmp_path / "away")
+    (failure,) = asyncio.run(keeper.reload())
+    assert "No such file" in failure
+    assert versions() == {one.id: False, new.id: False, old.id: True, third.id: False}
+
+
 def test_what_is_handed_out_can_be_served_and_is_checked_again(kept, tmp_path):
     keeper, _, folder = kept
     bundle = toy_bundle(folder / "copy")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from louver.bundle import CLOUD, MANIFEST, read_bundle
 from louver.cloud.budgets import Budgets
 from louver.cloud.clients import Clients
 from louver.cloud.refusals import Refusal
-from louver.cloud.repository import bundles_in
+from louver.cloud.repository import read_each
 from louver.cloud.settings import Settings
 from louver.cloud.tokens import Client
-from louver.errors import LouverError, StorageError
+from louver.errors import StorageError
 from louver.signing import Maker, verify_bundle
 from louver.storage import refusals
 
@@ -111,7 +111,8 @@ class Keeper:
         self._keep_s = keep_s
         self._maker = maker
         self._clock = clock
-        self._current = read_contents(paths, maker)
+        self._folders = read_contents(paths, maker)
+        self._current = _by_version(self._folders)
         self._leaving: dict[str, tuple[Content, float]] = {}
         self._generation = 1
         self._clients = Clients(settings.tokens) if settings.tokens is not None else None
@@ -180,11 +181,10 @@ class Keeper:
             back()
 
     async def reload(self) -> list[str]:
-        """Reads the bundles again, and says what went wrong; then what was served goes on."""
-        try:
-            found = read_contents(self._paths, self._maker)
-        except LouverError as error:
-            return [str(error)]
+        """Reads the bundles again, and says what could not be read; where one fails, what was there stays."""
+        failures: list[str] = []
+        self._folders = read_contents(self._paths, self._maker, before=self._folders, failures=failures)
+        found = _by_version(self._folders)
         now = self._clock()
         self._leaving = {
             version: pair for version, pair in self._leaving.items() if version not in found and now < pair[1]
@@ -195,7 +195,7 @@ class Keeper:
                 self._leaving[version] = leaving, now + self._keep_s
         self._current = found
         self._generation += 1
-        return []
+        return failures
 
     async def drain(self, *, is_closing: bool = False) -> None:
         """Replicas say that they are not ready; with `is_closing`, they take nothing new either."""
@@ -262,20 +262,33 @@ class _Merged(Collector):
         yield from families.values()
 
 
-def read_contents(paths: Sequence[Path], maker: Maker | None = None) -> dict[str, Content]:
-    """By version, the bundles in `paths`: the bytes whose hash is that of their manifest.
+def read_contents(
+    paths: Sequence[Path],
+    maker: Maker | None = None,
+    *,
+    before: Mapping[Path, Content] | None = None,
+    failures: list[str] | None = None,
+) -> dict[Path, Content]:
+    """By folder, the bundles in `paths`: the bytes whose hash is that of their manifest.
+
+    With a list for failures, each goes there and `before` fills its place.
 
     Raises:
-        BundleError: no bundle, one that is not as it was exported, or one that `maker` did not sign.
-        ConfigError: the maker's key cannot be read.
+        BundleError: without that list: no bundle, one that is not as it was exported, or one that `maker` did not sign.
+        ConfigError: without that list: the maker's key cannot be read.
     """
-    found: dict[str, Content] = {}
-    for path in paths:
-        for folder in bundles_in(path):
-            bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
-            content = Content(version=bundle.id, manifest=bundle.manifest, cloud=bundle.content(CLOUD))
-            found.setdefault(bundle.id, content)
-    return found
+    known: dict[str, Content] = {}
+
+    def read(folder: Path) -> Content:
+        bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
+        content = Content(version=bundle.id, manifest=bundle.manifest, cloud=bundle.content(CLOUD))
+        return known.setdefault(bundle.id, content)  # the very same bundle twice takes memory once
+
+    return read_each(paths, read, before or {}, failures=failures)
+
+
+def _by_version(folders: Mapping[Path, Content]) -> dict[str, Content]:
+    return {one.version: one for one in folders.values()}
 
 
 def write_contents(folder: Path, contents: Sequence[Content]) -> None:

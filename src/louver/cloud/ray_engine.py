@@ -146,7 +146,8 @@ def _checked(paths: Sequence[Path], batching: Batching, maker: Maker | None) -> 
     """What is served, loaded once here so that a bundle that does not run is refused before anything is started."""
     repository = Repository(paths, batching=batching, maker=maker)
     repository.close()
-    n_bytes = sum(len(one.cloud) + len(one.manifest) for one in read_contents(paths, maker).values())
+    contents = {one.version: one for one in read_contents(paths, maker).values()}
+    n_bytes = sum(len(one.cloud) + len(one.manifest) for one in contents.values())
     return tuple(one.model for one in repository.current), n_bytes
 
 

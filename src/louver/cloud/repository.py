@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from louver.bundle import MANIFEST
 from louver.cloud.batching import Batcher, Workers
@@ -16,7 +17,9 @@ from louver.cloud.settings import Batching
 from louver.errors import BundleError, ConfigError, LouverError
 from louver.signing import Maker
 
-__all__ = ["Repository", "Served", "bundles_in"]
+__all__ = ["Repository", "Served", "bundles_in", "read_each"]
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,31 +155,14 @@ class Repository:
                 self._state = _State(folders=state.folders, leaving=leaving)
 
     def _read(self, before: Mapping[Path, Served], *, failures: list[str] | None) -> dict[Path, Served]:
-        """Folder -> model. With a list for failures, each goes there and `before` fills its place."""
         known = {one.model.version: one for one in before.values()}
-        found: dict[Path, Served] = {}
-        for path in self._paths:
-            try:
-                folders = bundles_in(path)
-            except LouverError as error:
-                if failures is None:
-                    raise
-                failures.append(str(error))
-                found |= {folder: one for folder, one in before.items() if folder == path or folder.parent == path}
-                continue
-            for folder in folders:
-                try:
-                    model = load_model(folder, threads=self.batching.threads, maker=self._maker)
-                except LouverError as error:  # the maker's key may be gone as well
-                    if failures is None:
-                        raise
-                    failures.append(str(error))
-                    if folder in before:
-                        found[folder] = before[folder]
-                    continue
-                # The very same content is served once, and goes on with the session and the queue that it has.
-                found[folder] = known.setdefault(model.version, self._served(model))
-        return found
+
+        def read(folder: Path) -> Served:
+            model = load_model(folder, threads=self.batching.threads, maker=self._maker)
+            # The very same content is served once, and goes on with the session and the queue that it has.
+            return known.setdefault(model.version, self._served(model))
+
+        return read_each(self._paths, read, before, failures=failures)
 
     def _served(self, model: Model) -> Served:
         told: list[Callable[[int], None]] = []
@@ -186,6 +172,38 @@ class Repository:
                 one(rows)
 
         return Served(model=model, batcher=Batcher(model.run, self._workers, self.batching, told=tell), told=told)
+
+
+def read_each(
+    paths: Sequence[Path], read: Callable[[Path], _Read], before: Mapping[Path, _Read], *, failures: list[str] | None
+) -> dict[Path, _Read]:
+    """What `read` makes of each bundle in `paths`, by folder.
+
+    With a list for failures, each goes there and `before` fills its place, so that one bundle holds up no other.
+
+    Raises:
+        LouverError: without that list, the first failure.
+    """
+    found: dict[Path, _Read] = {}
+    for path in paths:
+        try:
+            folders = bundles_in(path)
+        except LouverError as error:
+            if failures is None:
+                raise
+            failures.append(str(error))
+            found |= {folder: one for folder, one in before.items() if folder == path or folder.parent == path}
+            continue
+        for folder in folders:
+            try:
+                found[folder] = read(folder)
+            except LouverError as error:  # the maker's key may be gone as well
+                if failures is None:
+                    raise
+                failures.append(str(error))
+                if folder in before:
+                    found[folder] = before[folder]
+    return found
 
 
 def bundles_in(path: Path) -> list[Path]:
