@@ -78,8 +78,7 @@ class Outbox:
         self._cipher = cipher_of(_key(key_file, is_new=not head.exists()))
         self._sizes = {int(path.stem): path.stat().st_size for path in entries}
         if head.exists():
-            self._check_head(head, key_file)
-            self._head: dict[str, object] = json.loads(head.read_bytes())
+            self._head = self._read_head(head, key_file)
             self._reserved = _reserved(self._head, head)
             self._next = max(self._reserved, max(self._sizes, default=-1) + 1)
         else:
@@ -90,10 +89,11 @@ class Outbox:
             self._reserve(0)
         self._places: set[int] = set()
 
-    def _check_head(self, head: Path, key_file: Path) -> None:
+    def _read_head(self, head: Path, key_file: Path) -> dict[str, object]:
+        """What queue.json holds, if it is of this bundle and this key."""
         try:
-            content = json.loads(head.read_bytes())
-            found, bundle_id, check = content["format"], content["bundle"], base64.b64decode(content["key_check"])
+            content: dict[str, object] = json.loads(head.read_bytes())
+            found, bundle_id, check = content["format"], content["bundle"], base64.b64decode(str(content["key_check"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(
                 f"{head} is damaged ({type(error).__name__}); restore it, or remove the queue"
@@ -112,11 +112,12 @@ class Outbox:
                 "remove the queue"
             )
         try:
-            self._cipher.decrypt(check[:_NONCE], check[_NONCE:], bundle_id.encode())
+            self._cipher.decrypt(check[:_NONCE], check[_NONCE:], self._bundle_id.encode())
         except self._wrong_key as error:
             raise ConfigError(
                 f"queue_key: {key_file} is not the key of {self.folder}; name the key it was made with"
-            ) from (error)
+            ) from error
+        return content
 
     def __len__(self) -> int:
         return len(self._sizes)
