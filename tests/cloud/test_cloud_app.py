@@ -8,6 +8,7 @@ import gzip
 import json
 import threading
 import tracemalloc
+import weakref
 import zlib
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bundles import FEATURE, N_SCORES, toy_bundle
-from louver.cloud import Batching, Limits, Repository, Settings, create_app
+from louver.cloud import Batching, Limits, Repository, Settings, create_app, rpc
+from louver.cloud import inference_pb2 as messages
 from louver.cloud.tokens import add_client, remove_client
 from louver.errors import ConfigError
-from servers import Answer, ask, asking, binary, features, head_of, infer_path, truth
+from servers import Answer, ask, asking, binary, features, head_of, infer_path, message_of, truth
 
 LIMITS = Limits(
     body_bytes=20_000, decoded_bytes=30_000, header_bytes=2_000, json_bytes=10_000, rows=9, held_bytes=200_000
@@ -31,10 +33,10 @@ LIMITS = Limits(
 class Place:
     """Two models, one of each type, behind one application."""
 
-    def __init__(self, folder: Path, **options) -> None:
+    def __init__(self, folder: Path, *, workers: int = 2, **options) -> None:
         self.toy = toy_bundle(folder / "toy")
         self.real = toy_bundle(folder / "real", name="real", encoding="float32", seed=1)
-        batching = Batching(workers=2, threads=1)
+        batching = Batching(workers=workers, threads=1)
         self.repository = Repository([folder / "toy", folder / "real"], batching=batching)
         self.app = create_app(self.repository, Settings(limits=LIMITS, **options))
         self.app.service.lines.write = lambda line: None
@@ -704,6 +706,78 @@ def test_who_leaves_while_waiting_is_dropped(tmp_path):
 
     asyncio.run(work())
     assert 'status="499"' in place.app.service.metrics_text().decode()
+    place.close()
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_features_of_those_who_left_are_not_in_memory(tmp_path, protocol):
+    """Fifty clients that leave while the only worker is busy, one after another; what stays is answered."""
+    place = Place(tmp_path, workers=1)
+    service, served = place.app.service, place.repository.find("toy", None)
+    network, submit, go = served.batcher._network, served.batcher.submit, threading.Event()
+    served.batcher._network = lambda feature: network(feature) if go.wait(10) else feature
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def watched(feature, **options):
+        alive.append(weakref.ref(feature))
+        return submit(feature, **options)
+
+    served.batcher.submit = watched
+    feature = features(9)
+
+    class Context:
+        def invocation_metadata(self):
+            return ()
+
+    async def leaves_rest() -> None:
+        body, headers = asking(feature)
+        messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": zstandard.compress(body)}]
+
+        async def receive():
+            return messages.pop()
+
+        async def send(message):
+            raise AssertionError("nobody is there")
+
+        fields = {**headers, "content-encoding": "zstd"}
+        scope = {"type": "http", "method": "POST", "path": infer_path(place.toy)}
+        await place.app({**scope, "headers": [(k.encode(), v.encode()) for k, v in fields.items()]}, receive, send)
+
+    async def leaves_grpc() -> None:
+        tensor = messages.ModelInferRequest.InferInputTensor(name="feature", datatype="UINT8", shape=feature.shape)
+        asked = messages.ModelInferRequest(
+            model_name="toy", model_version=place.toy.id, inputs=[tensor], raw_input_contents=[feature.tobytes()]
+        )
+        task = asyncio.create_task(rpc._infer(service, message_of(asked.SerializeToString()), Context()))
+        await asyncio.sleep(0.005)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    async def work() -> None:
+        stays = [features(4, seed=1), features(2, seed=2)]
+        running = asyncio.create_task(ask(place.app, infer_path(place.toy), *asking(ONE)))
+        await asyncio.sleep(0.02)
+        waiting = [asyncio.create_task(ask(place.app, infer_path(place.toy), *asking(one))) for one in stays]
+        await asyncio.sleep(0.02)
+        del alive[:]
+        for _ in range(50):
+            await (leaves_rest if protocol == "rest" else leaves_grpc)()
+        await asyncio.sleep(0)
+        assert len(alive) == 50
+        assert not any(one() is not None for one in alive)
+        assert served.batcher._rows == 6
+        go.set()
+        for found, its in zip(await asyncio.gather(running, *waiting), (ONE, *stays), strict=True):
+            np.testing.assert_allclose(found.scores, truth(place.toy, its), rtol=1e-5, atol=1e-5)
+        assert served.batcher._rows == 0
+
+    gc.disable()
+    try:
+        asyncio.run(work())
+    finally:
+        gc.enable()
+    assert service.held_bytes == 0
     place.close()
 
 

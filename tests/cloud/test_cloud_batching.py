@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from contextlib import closing
 
 import numpy as np
@@ -139,6 +141,46 @@ def test_who_has_left_is_not_computed():
 
     assert run(work, gate) == 8
     assert gate.batches == [[1], [4]]
+
+
+@pytest.mark.parametrize("left_at", ["queued", "called", "full"])
+def test_who_leaves_the_queue_takes_the_feature_along(left_at):
+    """Nothing is collected: a feature that lives on in a cycle may live for long."""
+    gate = Gate()
+
+    async def work(batcher):
+        first = batcher.submit(rows(1))
+        await asyncio.sleep(0.02)  # the only worker has it
+        made = [rows(*[value] * size) for value, size in ((2, 3), (3, 2), (4, 7), (5, 1), (6, 2), (7, 1), (8, 1))]
+        alive = [weakref.ref(one) for one in made]
+        futures = [batcher.submit(one) for one in made]
+        del made
+        gone, kept = [futures[i] for i in (0, 2, 5)], [futures[i] for i in (1, 3, 4, 6)]
+        if left_at == "called":  # the next batch is taken in the same turn of the loop
+            batcher._running -= 1
+            batcher._wake(asyncio.get_running_loop())
+            batcher._running += 1
+        for one in gone:
+            one.cancel()
+        if left_at == "full":  # the queue is looked through before anybody else hears of it
+            assert batcher.submit(rows(9, 9)).cancel()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert [one() is not None for one in alive] == [False, True, False, True, True, False, True]
+        assert batcher._rows == (0 if left_at == "called" else 6)
+        gate.open.set()
+        found = [one[:, 0].tolist() for one in await asyncio.gather(first, *kept)]
+        await asyncio.sleep(0)
+        assert batcher._rows == len(batcher) == 0
+        return found
+
+    gc.disable()
+    try:
+        found = run(work, gate, max_rows=6, queue=7)
+    finally:
+        gc.enable()
+    assert found == [[2], [6, 6], [10], [12, 12], [16]]
+    assert gate.batches == [[1], [3, 3, 5, 6, 6, 8]]
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyError, SystemExit])

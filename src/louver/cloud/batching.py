@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
@@ -39,6 +40,7 @@ _SHORT_S = 100e-6
 _FIRST_DEBT_S = 20 * _SHORT_S
 _MOST_DEBT_S = 10.0
 _log = logging.getLogger("louver.cloud")
+_NO_ROWS: NDArray[Any] = np.empty(0, np.uint8)
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +50,7 @@ class _Waiting:
     since: float
     timed: Timed | None = None
     came: float = 0.0
+    is_queued: bool = True
 
 
 class _Outcome:
@@ -118,7 +121,9 @@ class Batcher:
     """Runs what waits for one model, together where that is possible.
 
     `workers` are shared by all models; `told` is given the rows of each batch. Whoever waits may be cancelled: a
-    request that is not yet running is dropped, and one that is running is computed for nobody.
+    request that is not yet running is dropped with its feature, and one that is running is computed for nobody. So of
+    those who have left no more is in memory than what is running: for each model `workers` times a batch, or a request
+    that is larger than that.
     """
 
     def __init__(
@@ -160,7 +165,9 @@ class Batcher:
             self._run_here(feature, future, timed)
             return future
         came = time.perf_counter() if timed is not None else 0.0
-        self._queue.append(_Waiting(feature, future, loop.time(), timed, came))
+        one = _Waiting(feature, future, loop.time(), timed, came)
+        future.add_done_callback(partial(self._on_done, one))
+        self._queue.append(one)
         self._rows += len(feature)
         self._wake(loop)
         return future
@@ -178,10 +185,25 @@ class Batcher:
         else:
             future.set_exception(_failed(outcome.error))
 
+    def _on_done(self, one: _Waiting, future: asyncio.Future[NDArray[np.float32]]) -> None:
+        if one.is_queued:  # its client has left
+            self._let_go(one)
+
+    def _let_go(self, one: _Waiting) -> None:
+        """Takes the feature out of the queue at once; the place, which costs little, goes when it is reached.
+
+        What a request holds is given back when its client leaves: kept here, features of the gone could be any number.
+        Once more it does nothing.
+        """
+        self._rows -= len(one.feature)
+        one.feature = _NO_ROWS
+
     def _forget(self) -> None:
         """Drops from the queue what nobody waits for anymore."""
+        for one in self._queue:
+            if one.future.done():
+                self._let_go(one)
         self._queue = deque(one for one in self._queue if not one.future.done())
-        self._rows = sum(len(one.feature) for one in self._queue)
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sees to it that what waits is run when it is due and a worker is free."""
@@ -213,14 +235,15 @@ class Batcher:
         while self._queue:
             one = self._queue[0]
             if one.future.done():
-                pass
+                self._let_go(one)
             elif batch and rows + len(one.feature) > self._batching.max_rows:
                 break
             else:
                 batch.append(one)
                 rows += len(one.feature)
+                self._rows -= len(one.feature)
+                one.is_queued = False
             self._queue.popleft()
-            self._rows -= len(one.feature)
         return batch
 
     def _start(self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting]) -> None:

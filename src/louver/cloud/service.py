@@ -217,7 +217,10 @@ class Service:
         return scores
 
     def ended(self, request: Request) -> None:
-        """Lets go of what a request held, counts it and writes its line, once its answer is on its way."""
+        """Lets go of what a request held, counts it and writes its line, once its answer is on its way.
+
+        Also where its client has left while it runs: what the run still has is bounded by itself, see `Batcher`.
+        """
         self._n_open -= 1
         self.held_bytes -= request.held_bytes
         seconds = time.perf_counter() - request.since
