@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version as version_of
 from typing import Any
 
@@ -19,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from louver.cloud.encoding import decode
-from louver.cloud.protocol import answer_call, model_metadata, read_call
+from louver.cloud.json_text import LONG
+from louver.cloud.protocol import Call, answer_call, model_metadata, read_call
 from louver.cloud.refusals import Refusal, shown
-from louver.cloud.repository import Repository
+from louver.cloud.repository import Repository, Served
 from louver.cloud.service import GONE, Common, Request, Service
 from louver.cloud.settings import Settings
 from louver.cloud.traces import Traces
@@ -36,7 +38,10 @@ Handler = Callable[["_Exchange"], Awaitable[None]]
 
 EXTENSIONS = ("binary_tensor_data",)
 _INLINE_BYTES = 2**18
-"""Bodies up to this size are decompressed on the event loop: a thread would cost more than it saves."""
+"""Bodies of up to this size, before and after, are decompressed on the event loop: a thread would cost more."""
+
+_LONG_BYTES = 2**22
+"""Tensors longer than this are looked through for NaN in a thread."""
 
 _WATCH_AFTER_S = 0.005
 _JSON = (b"content-type", b"application/json")
@@ -230,20 +235,38 @@ async def _infer_as(exchange: _Exchange, request: Request) -> None:
     request.served = served = service.repository.find(parts["model"], parts.get("version"))
     head = _length(headers, b"inference-header-content-length")
     content = await _read_body(exchange, request)
-    limits, encoding = service.settings.limits, headers.get(b"content-encoding", b"").decode("latin-1")
-    if len(content) <= _INLINE_BYTES:
-        body = decode(content, encoding, limits.decoded_bytes)
-    else:
-        body = await asyncio.to_thread(decode, content, encoding, limits.decoded_bytes)
+    body = await _decoded(service, content, headers.get(b"content-encoding", b"").decode("latin-1"))
     if body is not content:
         service.hold(request, len(body))
-    call = read_call(body, head, served.model, limits, service.rest_heads)
+    call = await _call(service, served, body, head)
     scores = service.checked(await _unless_gone(exchange, await service.submit(request, call, content)))
     head, answer = answer_call(served.model, call, scores)
     if head is None:
         await exchange.answer(200, answer, _JSON)
     else:
         await exchange.answer(200, answer, _BINARY, (b"inference-header-content-length", b"%d" % head))
+
+
+async def _decoded(service: Service, content: bytes, encoding: str) -> bytes:
+    """The body without its compression, in a thread if what comes out is long: what came says nothing about that."""
+    limit = service.settings.limits.decoded_bytes
+    if not encoding:
+        return decode(content, encoding, limit)
+    if len(content) <= _INLINE_BYTES:
+        try:
+            return decode(content, encoding, min(limit, _INLINE_BYTES))
+        except Refusal as refusal:
+            if refusal.status != 413 or limit <= _INLINE_BYTES:
+                raise
+    return await service.aside.do(partial(decode, content, encoding, limit))
+
+
+async def _call(service: Service, served: Served, body: bytes, head: int | None) -> Call:
+    """The call in a body, read in a thread if its JSON or its tensor is long."""
+    read = partial(read_call, body, head, served.model, service.settings.limits, service.rest_heads)
+    if len(body) <= LONG or (head is not None and head <= LONG and len(body) <= _LONG_BYTES):
+        return read()
+    return await service.aside.do(read)
 
 
 class _Gone(Exception):  # noqa: N818 - no error: clients may leave

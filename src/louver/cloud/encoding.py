@@ -21,6 +21,7 @@ ENCODINGS = ("zstd", "gzip", "deflate", "identity")
 _MAGIC = 0xFD2FB528
 _SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 _MOST_PARTS = 64
+_STEP_IN, _STEP_OUT = 2**18, 2**20
 _BLOCK_BYTES = 2**13
 _SPARE_BLOCKS = 4096
 _local = threading.local()  # a decompressor is for one thread at a time
@@ -52,22 +53,28 @@ def _too_large(limit: int) -> Refusal:
 
 def _zlib(body: bytes, limit: int, window: int, name: str) -> bytes:
     parts: list[bytes] = []
-    size = 0
-    rest = body
+    size = position = 0
+    view = memoryview(body)
     for _ in range(_MOST_PARTS):
         stream = zlib.decompressobj(window)
-        try:
-            part = stream.decompress(rest, limit - size + 1)
-        except zlib.error as error:
-            raise Refusal(400, f"the body is not {name}") from error
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        if not stream.eof:
-            raise Refusal(400, f"the {name} body is cut short")
-        parts.append(part)
-        rest = stream.unused_data
-        if not rest:
+        while not stream.eof:
+            # In steps: the library puts together what comes out of one while no other thread can run.
+            fed: bytes | memoryview = stream.unconsumed_tail
+            if not fed:
+                fed = view[position : position + _STEP_IN]
+                position += len(fed)
+            try:
+                part = stream.decompress(fed, min(_STEP_OUT, limit - size + 1))
+            except zlib.error as error:
+                raise Refusal(400, f"the body is not {name}") from error
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            if not (fed or part or stream.eof):
+                raise Refusal(400, f"the {name} body is cut short")
+            parts.append(part)
+        position -= len(stream.unused_data)
+        if position == len(view):
             return parts[0] if len(parts) == 1 else b"".join(parts)
         if name == "deflate":
             break  # only gzip has members that follow one another

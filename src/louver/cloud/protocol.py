@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from louver.cloud.heads import MOST_HEAD_BYTES, Heads
+from louver.cloud.json_text import decode_json
 from louver.cloud.models import FEATURE, SCORES, Model
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.settings import Limits
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 MOST_ID = 256
+_PIECE = 2**14
 _HARMLESS = ("priority", "timeout")
 """Parameters that some clients send with each request; the server has no use for them."""
 
@@ -199,7 +201,7 @@ def _json(body: bytes, header_bytes: int | None, limits: Limits) -> dict[str, An
         raise Refusal(413, f"expected at most {most} bytes of JSON, got {len(text)}: the limit for {what}")
     try:
         # Decoded first: json would guess UTF-16 and UTF-32 too. Its own recursion limit bounds the depth.
-        found = _DECODER.decode(text.decode())
+        found = decode_json(text.decode())
     except UnicodeDecodeError as error:
         raise Refusal(400, "the JSON is not UTF-8") from error
     except RecursionError as error:
@@ -211,20 +213,6 @@ def _json(body: bytes, header_bytes: int | None, limits: Limits) -> dict[str, An
     if not isinstance(found, dict):
         raise Refusal(400, "expected the JSON to be an object")
     return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise Refusal(400, "a key stands twice in one object of the JSON")
-    return found
-
-
-def _no_constant(name: str) -> float:
-    raise Refusal(400, f"{name} is no JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
 
 
 def _only(content: Mapping[str, Any], what: str, known: set[str]) -> None:
@@ -268,20 +256,27 @@ def _from_json(data: object, model: Model, rows: int) -> NDArray[Any]:
         is_level = len(data) == int(np.prod(shape[:depth]))
         if not is_level or any(not isinstance(one, list) or len(one) != shape[depth] for one in data):
             raise Refusal(400, f"the nesting of data is not that of its shape {list(shape)}")
-        data = list(chain.from_iterable(data))
+        data = [one for piece in _pieces(data) for one in chain.from_iterable(piece)]
     if not isinstance(data, list) or len(data) != count:
         raise Refusal(
             400, f"expected {count} numbers in data, flat or nested by the shape {list(shape)}, or a binary_data_size"
         )
-    kinds = set(map(type, data))
+    # A piece at a time: no other thread runs within one of these calls.
+    kinds = {kind for piece in _pieces(data) for kind in set(map(type, piece))}
     if model.datatype == "UINT8":
-        if kinds != {int} or not (min(data) >= 0 and max(data) <= 255):
+        if kinds != {int} or not all(min(piece) >= 0 and max(piece) <= 255 for piece in _pieces(data)):
             raise Refusal(400, "expected data of UINT8 to be whole numbers from 0 to 255")
-        return np.frombuffer(bytes(data), np.uint8).reshape(shape)
+        return np.frombuffer(b"".join(map(bytes, _pieces(data))), np.uint8).reshape(shape)
     if not kinds <= {int, float}:
         raise Refusal(400, "expected data of FP32 to be numbers")
     try:
         with np.errstate(over="ignore"):
-            return np.array(data, np.float64).astype("<f4").reshape(shape)
+            pieces = [np.array(piece, np.float64).astype("<f4") for piece in _pieces(data)]
+        return np.concatenate(pieces).reshape(shape)
     except OverflowError as error:
         raise Refusal(400, "the feature holds a number past FP32") from error
+
+
+def _pieces(data: list[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(data), _PIECE):
+        yield data[start : start + _PIECE]

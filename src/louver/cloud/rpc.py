@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version as version_of
 from typing import Any
 
@@ -48,6 +48,16 @@ _SPARE_BYTES = 2**16
 # The numbers of the fields of ModelInferRequest, shifted by three bits, and 2 for what has a length.
 _ID_TAG, _TENSOR_TAG = 0x1A, 0x3A
 _HEAD_TAGS = (0x0A, 0x12, 0x22, 0x2A, 0x32)
+
+_LONG_BYTES = 2**16
+"""Messages up to this size are read on the event loop; up to the next, if they are little beside raw_input_contents."""
+
+_LONG_RAW_BYTES = 2**22
+_MOST_FIELDS = 64
+_LONG_FIELDS = (frozenset((0x2A, 0x3A)), frozenset((0x2A,)), frozenset(range(0x0A, 0x43, 8)))
+"""What may be long in a message, in its inputs, and in their contents. There it is numbers or bytes, quick to parse."""
+
+_STEP = 2**14
 
 _STREAMS = 128
 """Calls at a time on one connection; a client's library lets the next one wait."""
@@ -223,9 +233,15 @@ async def _infer(service: Service, read: Read, context: Context) -> bytes:
         parts = _parts(content)
         call = _known_call(service, request, parts) if parts is not None else None
         if call is None:
-            asked = _parsed(messages.ModelInferRequest, content)
+            limits = service.settings.limits
+            is_long = len(content) > (_LONG_BYTES if parts is None else _LONG_RAW_BYTES)
+            if is_long and parts is None:
+                _check_long(content, limits)
+            parse = partial(_parsed, messages.ModelInferRequest, content)
+            asked = await service.aside.do(parse) if is_long else parse()
             request.served = service.repository.find(asked.model_name, asked.model_version)
-            call = _read_call(asked, request.served.model, service.settings.limits)
+            judge = partial(_read_call, asked, request.served.model, limits)
+            call = await service.aside.do(judge) if is_long else judge()
             # Without a version: which one that is may change.
             if call.is_binary and asked.model_version and parts is not None:
                 service.rpc_heads.keep(parts[0], (asked.model_name, asked.model_version, len(call.feature)))
@@ -264,7 +280,8 @@ def _parts(content: bytes) -> tuple[bytes, bytes, memoryview] | None:
     view, position, end = memoryview(content), 0, len(content)
     head: list[bytes] = []
     head_bytes = 0
-    call_id, tensor = b"", None
+    call_id: bytes | None = None
+    tensor = None
     while position < end:
         tag, start, shift, size = content[position], position + 1, 0, 0
         while start < end and shift < 35:
@@ -284,6 +301,8 @@ def _parts(content: bytes) -> tuple[bytes, bytes, memoryview] | None:
                 return None
             tensor = view[start:stop]
         elif tag == _ID_TAG:
+            if call_id is not None:  # any number of them would be walked over
+                return None
             call_id = content[start:stop]
             if size > MOST_ID or not call_id.isascii():
                 return None
@@ -295,7 +314,72 @@ def _parts(content: bytes) -> tuple[bytes, bytes, memoryview] | None:
         else:
             return None
         position = stop
-    return (b"".join(head), call_id, tensor) if tensor is not None else None
+    return (b"".join(head), call_id or b"", tensor) if tensor is not None else None
+
+
+def _check_long(content: bytes, limits: Limits) -> None:
+    """Refuses a message that would be long to parse: many fields, where one tensor is asked for, or too many numbers.
+
+    The library lets no other thread run while it parses. Of numbers and bytes it parses a MiB in some milliseconds;
+    of the smallest fields, in a hundred.
+    """
+    in_message, in_input, in_contents = _LONG_FIELDS
+    inputs = [view for tag, view in _long_fields(memoryview(content), in_message) if tag != _TENSOR_TAG]
+    contents = [view for one in inputs for _, view in _long_fields(one, in_input)]
+    n_bytes = sum(len(view) for one in contents for _, view in _long_fields(one, in_contents))
+    if n_bytes > limits.json_bytes:
+        raise Refusal(
+            413, f"expected at most {limits.json_bytes} bytes in the contents of an input; send raw_input_contents"
+        )
+
+
+def _long_fields(view: memoryview, tags: frozenset[int]) -> list[tuple[int, memoryview]]:
+    """The fields with these tags; all others together are short.
+
+    Raises:
+        Refusal: 400.
+    """
+    found: list[tuple[int, memoryview]] = []
+    position = others = 0
+    for _ in range(_MOST_FIELDS):
+        if position == len(view):
+            return found
+        start = position
+        tag, position = _varint(view, position)
+        if tag & 7 == 0:
+            position = _varint(view, position)[1]
+        elif tag & 7 == 2:
+            size, position = _varint(view, position)
+            position += size
+            if tag in tags:
+                found.append((tag, view[position - size : position]))
+        else:
+            position += {1: 8, 5: 4}.get(tag & 7, len(view))
+        others += 0 if tag in tags else position - start
+        if position > len(view):
+            raise _no_request()
+        if others > _LONG_BYTES:
+            break
+    if position == len(view) and others <= _LONG_BYTES:
+        return found
+    raise Refusal(400, "expected a message of this size to be one tensor, its numbers packed, and little else")
+
+
+def _varint(view: memoryview, position: int) -> tuple[int, int]:
+    found = 0
+    for shift in range(0, 70, 7):
+        if position >= len(view):
+            break
+        byte = view[position]
+        position += 1
+        found |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return found, position
+    raise _no_request()
+
+
+def _no_request() -> Refusal:
+    return Refusal(400, "the message is no ModelInferRequest")
 
 
 def _read_call(asked: Any, model: Model, limits: Limits) -> Call:  # noqa: ANN401 - generated
@@ -342,7 +426,9 @@ def _typed(contents: Any, filled: list[str], model: Model, rows: int) -> NDArray
     shape = (rows, *model.feature_shape)
     if len(values) != int(np.prod(shape, dtype=np.int64)):
         raise Refusal(400, f"expected as many numbers as the shape {list(shape)} holds, got {len(values)}")
-    found = np.array(values, np.uint32 if model.datatype == "UINT8" else np.float32)
+    found = np.empty(len(values), np.uint32 if model.datatype == "UINT8" else np.float32)
+    for start in range(0, len(values), _STEP):  # no other thread runs while one step is copied
+        found[start : start + _STEP] = values[start : start + _STEP]
     if model.datatype == "UINT8" and found.max() > 255:
         raise Refusal(400, "expected uint_contents of UINT8 to be from 0 to 255")
     return found.astype(model.dtype).reshape(shape)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from louver.cloud.aside import Aside
 from louver.cloud.budgets import Budgets
 from louver.cloud.clients import ANYONE, Clients
 from louver.cloud.heads import Heads
@@ -103,6 +104,7 @@ class Service:
         if common is None and settings.budgets_path is not None:
             self.budgets = Budgets(settings.budgets_path, retry_window_s=settings.retry_window_s)
         self.metrics = Metrics(repository, self.clients, self.budgets)
+        self.aside = Aside()
         self.is_draining = False
         self.held_bytes = 0
         self.rest_heads = RestHeads()
@@ -112,6 +114,7 @@ class Service:
 
     def close(self) -> None:
         """Sends the last traces and writes down the budgets. To be called when no request is handled anymore."""
+        self.aside.close()
         if self.traces is not None:
             self.traces.close()
         if self.budgets is not None:
