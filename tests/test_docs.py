@@ -402,3 +402,15 @@ def test_what_is_told_of_claims_was_recorded():
         points = ", ".join(f"{one:+.1f}" for one in row["points"])
         decibels = ", ".join(f"{one:.2f}" for one in row["dB"])
         assert f"{row['strength']:.0f} channels: {points} points and {decibels} dB" in shown, row["strength"]
+
+
+def test_what_is_told_of_privynets_choice_was_recorded():
+    shown = " ".join((ROOT / "docs/measured-defenses.md").read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "benchmarks/results/privynet.json").read_text(encoding="utf-8"))
+    undefended, chosen = found["cells"]
+    assert f"expects {found['chosen']['psnr']:.1f} dB" in shown
+    most = max((row for row in chosen["leakage"] if row["measure"] == "psnr"), key=lambda row: row["mean"])
+    assert f"find {most['mean']:.1f} ({most['low']:.1f} to {most['high']:.1f})" in shown
+    for cell in (undefended, chosen):
+        few, some, many = (f"{row['accuracy']:.3f}" for row in cell["completion"])
+        assert f"{few}, {some} and {many} on" in shown
