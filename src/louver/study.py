@@ -293,7 +293,7 @@ def _set_apart(images: Images, identity: str, seed: int) -> NDArray[np.int64]:
         if chosen.sum() >= wanted:
             break
         chosen |= who == one
-    if chosen.sum() > len(images) // 2:  # too few people to keep any apart
+    if chosen.sum() > len(images) // 3:  # too few people to keep any apart
         return np.sort(np.random.default_rng(seed).permutation(len(images))[:wanted])
     return np.flatnonzero(chosen)
 
