@@ -121,10 +121,12 @@ def print_service(bundle: Any, service: Any) -> None:  # noqa: ANN401 - louver.b
     """What a bundle did in service, beside what it gives away."""
     _print_bundle(bundle, as_json=False)
     split = bundle.record["utility"].get("split", {}).get("accuracy")
+    compared = bundle.record["equivalence"]["images"]
     lines = [f"in service on this machine, {service.n_images} test images, one request each:"]
     if service.accuracy is not None:
         lines.append(
-            f"  accuracy {service.accuracy:.3f}" + ("" if split is None else f" (the split in torch: {split:.3f})")
+            f"  accuracy {service.accuracy:.3f}"
+            + ("" if split is None else f" (the split in torch, on all {compared} that were compared: {split:.3f})")
         )
     lines += [
         f"  sent {service.sent_bytes:,.0f} bytes an image; the feature as float32 has {service.float32_bytes:,}, "
