@@ -16,7 +16,7 @@ from louver.bundle import MANIFEST, Bundle, bytes_of, check_kept, read_bundle
 from louver.errors import BundleError, ConfigError, MissingExtraError
 from louver.storage import refusals, write_bytes
 
-__all__ = ["SIGNATURE", "Maker", "sign_bundle", "verify_bundle"]
+__all__ = ["SIGNATURE", "Maker", "sign_bundle", "trusted_bundle", "verify_bundle"]
 
 SIGNATURE = "manifest.json.sig"
 _MOST_SIGNATURE_BYTES = 2**24
@@ -141,6 +141,15 @@ def _vouch(folder: Path, place: Path, manifest: bytes, maker: Maker) -> None:
             raise BundleError(
                 f"{folder}: the signature does not vouch for this bundle ({reason}); take it from its maker again"
             ) from error
+
+
+def trusted_bundle(folder: Path, maker: Maker | None) -> Bundle:
+    """The bundle in `folder`; where a maker is named, only if its signature is by that one.
+
+    Raises:
+        BundleError, ConfigError: as `read_bundle` and `verify_bundle`.
+    """
+    return read_bundle(folder) if maker is None else verify_bundle(folder, maker)
 
 
 def _keyless_errors() -> tuple[type[Exception], ...]:

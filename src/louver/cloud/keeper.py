@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from louver.bundle import CLOUD, MANIFEST, read_bundle
+from louver.bundle import CLOUD, MANIFEST
 from louver.cloud.budgets import Budgets
 from louver.cloud.clients import Clients
 from louver.cloud.refusals import Refusal
@@ -28,7 +28,7 @@ from louver.cloud.repository import read_each
 from louver.cloud.settings import Settings
 from louver.cloud.tokens import Client
 from louver.errors import StorageError
-from louver.signing import Maker, verify_bundle
+from louver.signing import Maker, trusted_bundle
 from louver.storage import refusals
 
 __all__ = ["Content", "Judged", "Keeper", "News", "Report", "Seen", "read_contents", "write_contents"]
@@ -280,7 +280,7 @@ def read_contents(
     known: dict[str, Content] = {}
 
     def read(folder: Path) -> Content:
-        bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
+        bundle = trusted_bundle(folder, maker)
         content = Content(version=bundle.id, manifest=bundle.manifest, cloud=bundle.content(CLOUD))
         return known.setdefault(bundle.id, content)  # the very same bundle twice takes memory once
 

@@ -11,10 +11,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from louver.bundle import CLOUD, Bundle, read_bundle
+from louver.bundle import CLOUD, Bundle
 from louver.errors import BundleError
 from louver.graph_errors import RUN_ERRORS
-from louver.signing import Maker, verify_bundle
+from louver.signing import Maker, trusted_bundle
 
 __all__ = ["FEATURE", "SCORES", "Model", "load_model"]
 
@@ -51,7 +51,7 @@ def load_model(folder: Path, *, threads: int, maker: Maker | None = None) -> Mod
         BundleError: no bundle, a changed byte, a graph that onnxruntime refuses, or another than the manifest says.
         ConfigError: the maker's key cannot be read.
     """
-    bundle = read_bundle(folder) if maker is None else verify_bundle(folder, maker)
+    bundle = trusted_bundle(folder, maker)
     content = bundle.content(CLOUD)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
