@@ -2,9 +2,9 @@
 
 One run, by turns. Every server has tokens, metrics and its log on, and two cores are shared by client and server, as
 for the echo. `overhead`: p50 and p99 in ms of one client with one connection, ratios of the same round. The network is
-one slice, so that what is left is the server. `throughput`: 32 clients, one image each, against the same session run in
-this process by as many threads, in batches that those clients could fill; with `--triton` against a real Triton, too,
-whose wheel runs the graph by a Python model.
+one slice, so that what is left is the server and a call of onnxruntime; `run` is the echo with that call in it.
+`throughput`: 32 clients, one image each, against the same session run in this process by as many threads, in batches
+that those clients could fill; with `--triton` against a real Triton, too, whose wheel runs the graph by a Python model.
 
     python benchmarks/serving.py [--rounds 5] [--calls 400] [--seconds 5] [--bundle DIR] [--triton ENV]
                                  [--only overhead|throughput]
@@ -22,8 +22,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -32,6 +33,7 @@ from typing import Any
 import grpc
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from common import record
@@ -106,35 +108,57 @@ def tail_bundle(folder: Path) -> Bundle:
 # Servers
 
 
-async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """The least that an ASGI application can do with a body."""
+Networks = dict[int, Callable[[NDArray[Any]], NDArray[np.float32]]]
+"""What runs, by the bytes of a feature."""
+
+
+def run_one(networks: Networks, content: bytes) -> None:
+    """The scores of the feature at the end of `content`, for nobody."""
+    n_bytes = max(size for size in networks if size <= len(content))
+    networks[n_bytes](np.frombuffer(content, np.uint8, n_bytes, len(content) - n_bytes))
+
+
+async def echo(networks: Networks, scope: Any, receive: Any, send: Any) -> None:
+    """The least that an ASGI application can do with a body; at /run, a run of the network too."""
     chunks, more = [], True
     while more:
         message = await receive()
         chunks.append(message["body"])
         more = message["more_body"]
     body = b"".join(chunks)
+    if scope["path"] == "/run":
+        run_one(networks, body)
     headers = [(b"content-type", b"application/octet-stream"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-async def serve_echo() -> None:
+async def serve_echo(bundles: Sequence[Path]) -> None:
     """Both echoes, with the settings of our server, until this process is killed."""
     import uvicorn
+
+    def network(model: Model) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+        return lambda feature: model.run(feature.reshape(1, *model.feature_shape))
+
+    models = [load_model(folder, threads=Batching().threads) for folder in bundles]
+    networks = {model.feature_bytes: network(model) for model in models}
 
     async def same(content: bytes, context: Any) -> bytes:
         return content
 
+    async def run(content: bytes, context: Any) -> bytes:
+        run_one(networks, content)
+        return content
+
     rpc = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)])
-    handlers = {"Same": grpc.unary_unary_rpc_method_handler(same)}
+    handlers = {"Same": grpc.unary_unary_rpc_method_handler(same), "Run": grpc.unary_unary_rpc_method_handler(run)}
     rpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Echo", handlers),))
     port = rpc.add_insecure_port("127.0.0.1:0")
     await rpc.start()
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        echo, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        date_header=False, proxy_headers=False, timeout_keep_alive=75,
+        partial(echo, networks), interface="asgi3", http="httptools", ws="none", lifespan="off", log_config=None,
+        access_log=False, server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=75,
     )  # fmt: skip
     print(
         json.dumps({"rest": f"http://127.0.0.1:{listener.getsockname()[1]}", "grpc": f"127.0.0.1:{port}"}), flush=True
@@ -276,7 +300,7 @@ def rate_in_process(model: Model, batching: Batching, seconds: float) -> float:
 
 
 def overhead(ours: dict[str, Any], bare: dict[str, Any], bundle: Bundle, token: str) -> dict[str, Callable[[], None]]:
-    """The four calls that are compared."""
+    """The calls that are compared."""
     body, head = body_of(bundle)
     headers = {"authorization": f"Bearer {token}", "inference-header-content-length": str(head)}
     path = f"/v2/models/{bundle.name}/versions/{bundle.id}/infer"
@@ -293,8 +317,10 @@ def overhead(ours: dict[str, Any], bare: dict[str, Any], bundle: Bundle, token: 
     return {
         "rest": rest_call(ours["rest"], path, body, headers),
         "rest echo": rest_call(bare["rest"], path, body, headers),
+        "rest run": rest_call(bare["rest"], "/run", body, headers),
         "grpc": rpc_call(ours["grpc"], "/inference.GRPCInferenceService/ModelInfer", message, token),
         "grpc echo": rpc_call(bare["grpc"], "/Echo/Same", message, token),
+        "grpc run": rpc_call(bare["grpc"], "/Echo/Run", message, token),
     }
 
 
@@ -318,9 +344,10 @@ def measure_overhead(calls: dict[str, Callable[[], None]], rounds: int, count: i
         for name, values in found.items()
     }
     for name in ("rest", "grpc"):
-        pairs = zip(found[name], found[f"{name} echo"], strict=True)
-        ratios = sorted(ours / bare for (ours, _), (bare, _) in pairs)
-        figures[f"{name} ratio of p50"] = [round(value, 2) for value in (ratios[0], median(ratios), ratios[-1])]
+        for other, told in (("echo", f"{name} ratio of p50"), ("run", f"{name} ratio of p50 to run")):
+            pairs = zip(found[name], found[f"{name} {other}"], strict=True)
+            ratios = sorted(ours / bare for (ours, _), (bare, _) in pairs)
+            figures[told] = [round(value, 2) for value in (ratios[0], median(ratios), ratios[-1])]
     return figures
 
 
@@ -381,13 +408,13 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=("overhead", "throughput"), help="one of the two, printed and not recorded")
     parser.add_argument("--dry", action="store_true", help="print the figures and record nothing")
-    parser.add_argument("--echo", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--echo", type=Path, nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.echo:
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve_echo())
+            runner.run(serve_echo(arguments.echo))
         return
     begun = time.monotonic()
     with ExitStack() as stack:
@@ -399,7 +426,7 @@ def main() -> None:
         ports = ["--port", "0", "--grpc-port", "0", "--metrics-port", "0"]
         tokens = ["--tokens", str(folder / "tokens.json")]
         ours = stack.enter_context(started("-m", "louver", "serve", *paths, *ports, *tokens, "--json"))
-        bare = stack.enter_context(started(__file__, "--echo"))
+        bare = stack.enter_context(started(__file__, "--echo", *(str(bundle.folder) for bundle in small.values())))
         figures: dict[str, Any] = {}
         if arguments.only != "throughput":
             figures["overhead"] = {}
