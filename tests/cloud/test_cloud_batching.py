@@ -168,6 +168,7 @@ def test_who_leaves_the_queue_takes_the_feature_along(left_at):
             await asyncio.sleep(0)
         assert [one() is not None for one in alive] == [False, True, False, True, True, False, True]
         assert batcher._rows == (0 if left_at == "called" else 6)
+        assert len(batcher) == (0 if left_at == "called" else 4)
         gate.open.set()
         found = [one[:, 0].tolist() for one in await asyncio.gather(first, *kept)]
         await asyncio.sleep(0)

@@ -8,13 +8,14 @@ import re
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bundles import toy_bundle
 from certificates import key_pair
-from louver.bundle import CLOUD
+from louver.bundle import CLOUD, file_hash, write_manifest
 from louver.cloud import Batching, Repository, Settings
 from louver.cloud.ingress import BINARY, Front, find_haproxy, write_guard
 from louver.cloud.keeper import Keeper, Report, write_contents
@@ -224,6 +225,19 @@ def test_one_broken_bundle_holds_up_no_other(tmp_path):
     (failure,) = asyncio.run(keeper.reload())
     assert "No such file" in failure
     assert versions() == {one.id: False, new.id: False, old.id: True, third.id: False}
+
+
+def test_what_does_not_run_takes_no_place(tmp_path):
+    """Its hashes are right: replicas would refuse it one by one, and what it replaced would be let go of."""
+    first = toy_bundle(tmp_path / "b")
+    keeper = Keeper([tmp_path / "b"], Settings(), keep_s=60)
+    second = toy_bundle(tmp_path / "b", seed=1)
+    (tmp_path / "b" / CLOUD).write_bytes(b"no graph")
+    files = {**second.serving.files, CLOUD: file_hash(tmp_path / "b" / CLOUD)}
+    write_manifest(tmp_path / "b", "toy", replace(second.serving, files=files), {})
+    (failure,) = asyncio.run(keeper.reload())
+    assert "onnxruntime cannot run it" in failure
+    assert [(one.version, one.is_leaving) for one in asyncio.run(keeper.contents())[1]] == [(first.id, False)]
 
 
 def test_what_is_handed_out_can_be_served_and_is_checked_again(kept, tmp_path):

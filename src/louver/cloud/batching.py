@@ -141,7 +141,8 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
-        return len(self._queue)
+        """Requests that wait for a run. A place whose client has left is none, though it is still there."""
+        return sum(not one.future.done() for one in self._queue)
 
     def submit(
         self, feature: NDArray[Any], *, is_alone: bool = False, timed: Timed | None = None

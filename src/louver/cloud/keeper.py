@@ -8,6 +8,7 @@ knows nothing of Ray; `ray_engine.py` makes an actor of it.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import time
 from collections import OrderedDict, deque
@@ -23,6 +24,7 @@ from prometheus_client.registry import Collector
 from louver.bundle import CLOUD, MANIFEST
 from louver.cloud.budgets import Budgets
 from louver.cloud.clients import Clients
+from louver.cloud.models import model_of
 from louver.cloud.refusals import Refusal
 from louver.cloud.repository import read_each
 from louver.cloud.settings import Settings
@@ -115,6 +117,7 @@ class Keeper:
         self._current = _by_version(self._folders)
         self._leaving: dict[str, tuple[Content, float]] = {}
         self._generation = 1
+        self._reading = asyncio.Lock()
         self._clients = Clients(settings.tokens) if settings.tokens is not None else None
         path = settings.budgets_path
         self._budgets = Budgets(path, retry_window_s=settings.retry_window_s) if path is not None else None
@@ -183,7 +186,11 @@ class Keeper:
     async def reload(self) -> list[str]:
         """Reads the bundles again, and says what could not be read; where one fails, what was there stays."""
         failures: list[str] = []
-        self._folders = read_contents(self._paths, self._maker, before=self._folders, failures=failures)
+        async with self._reading:
+            # Signatures and first runs take seconds, and replicas ask in the meantime.
+            self._folders = await asyncio.to_thread(
+                read_contents, self._paths, self._maker, before=self._folders, failures=failures
+            )
         found = _by_version(self._folders)
         now = self._clock()
         self._leaving = {
@@ -271,16 +278,22 @@ def read_contents(
 ) -> dict[Path, Content]:
     """By folder, the bundles in `paths`: the bytes whose hash is that of their manifest.
 
-    With a list for failures, each goes there and `before` fills its place.
+    One that is not in `before` is run once, for it takes the place of one that runs. With a list for failures, each
+    goes there and `before` fills its place.
 
     Raises:
-        BundleError: without that list: no bundle, one that is not as it was exported, or one that `maker` did not sign.
+        BundleError: without that list: no bundle, one that is not as it was exported or does not run, or one that
+            `maker` did not sign.
         ConfigError: without that list: the maker's key cannot be read.
     """
     known: dict[str, Content] = {}
+    has_run = {one.version for one in (before or {}).values()}
 
     def read(folder: Path) -> Content:
         bundle = trusted_bundle(folder, maker)
+        if bundle.id not in has_run:
+            model_of(bundle, threads=1)
+            has_run.add(bundle.id)
         content = Content(version=bundle.id, manifest=bundle.manifest, cloud=bundle.content(CLOUD))
         return known.setdefault(bundle.id, content)  # the very same bundle twice takes memory once
 

@@ -16,7 +16,7 @@ from louver.errors import BundleError
 from louver.graph_errors import RUN_ERRORS
 from louver.signing import Maker, trusted_bundle
 
-__all__ = ["FEATURE", "SCORES", "Model", "load_model"]
+__all__ = ["FEATURE", "SCORES", "Model", "load_model", "model_of"]
 
 FEATURE, SCORES = "feature", "scores"
 """The one input and the one output, in the graph and on the wire."""
@@ -51,7 +51,15 @@ def load_model(folder: Path, *, threads: int, maker: Maker | None = None) -> Mod
         BundleError: no bundle, a changed byte, a graph that onnxruntime refuses, or another than the manifest says.
         ConfigError: the maker's key cannot be read.
     """
-    bundle = trusted_bundle(folder, maker)
+    return model_of(trusted_bundle(folder, maker), threads=threads)
+
+
+def model_of(bundle: Bundle, *, threads: int) -> Model:
+    """The cloud half of a bundle that is open, run once.
+
+    Raises:
+        BundleError: a changed byte, a graph that onnxruntime refuses, or another than the manifest says.
+    """
     content = bundle.content(CLOUD)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
