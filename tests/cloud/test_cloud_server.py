@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import ipaddress
 import json
+import re
 import shutil
 import signal
 import socket
@@ -249,6 +251,9 @@ def test_our_messages_have_the_numbers_of_tritonclient():
 # Over a real connection
 
 
+CHUNKED = b"POST /v2/models/toy/infer HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
 def send_raw(server: Running, content: bytes, *, within_s: float = PATIENCE_S) -> bytes:
     with socket.create_connection((server.host, server.port), timeout=within_s) as connection:
         try:
@@ -302,10 +307,65 @@ def test_a_head_without_a_body_arrives(place):
         assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
 
 
-def test_a_long_head_is_refused(place):
-    found = send_raw(place[1], b"GET /v2 HTTP/1.1\r\n" + b"x-a: b\r\n" * 20_000)
-    assert not found or found.startswith(b"HTTP/1.1 431")
+def told_of(server: Running, *pieces: bytes) -> list[int]:
+    """The statuses of the answers to what is sent in pieces on one connection, which the server then closes."""
+    with socket.create_connection((server.host, server.port), timeout=PATIENCE_S) as connection:
+        found = b""
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(0.1)  # a read of its own
+        with contextlib.suppress(ConnectionResetError):  # it has not read all of it
+            while part := connection.recv(2**16):
+                found += part
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", found)]
+
+
+FIELDS = b"x-a: b\r\n" * 900
+LONG_HEADS = {
+    "at once": (b"GET /v2 HTTP/1.1\r\nx-long: " + b"a" * 2**15 + b"\r\n\r\n",),
+    "one field in pieces": (b"GET /v2 HTTP/1.1\r\nx-long: ", b"a" * 2**14, b"a" * 2**14, b"a" * 2**14),
+    "many short fields": (b"GET /v2 HTTP/1.1\r\n" + FIELDS, b"x-b: c\r\n" * 30),
+    "path": (b"GET /" + b"a" * 2**14, b"a" * 2**14, b"a" * 2**14),
+    "behind the body": (CHUNKED + b"0\r\n" + FIELDS, b"x-b: c\r\n" * 30),
+    "within the body": (CHUNKED + b"1;x=", b"a" * 2**14, b"a" * 2**14, b"a" * 2**14),
+}
+
+
+@pytest.mark.parametrize("case", LONG_HEADS)
+def test_a_long_head_is_refused(place, case):
+    assert told_of(place[1], *LONG_HEADS[case]) == [431]
     assert place[1].ask("/v2").status == 200
+
+
+def test_heads_that_follow_one_another_are_counted_apart(place):
+    body, headers = asking(features(2))
+    told = {**headers, "content-length": str(len(body))}
+    fields = "".join(f"{key}: {value}\r\n" for key, value in told.items()).encode()
+    whole = b"POST /v2/models/toy/infer HTTP/1.1\r\nhost: x\r\n" + FIELDS[: 8 * 800] + fields + b"\r\n" + body
+    # In one read: three requests, and the start of one that is none. Those before it are answered first.
+    assert told_of(place[1], whole * 3 + b"GET", b"\0") == [200, 200, 200, 400]
+
+
+def test_requests_ahead_of_their_answers_are_bounded(place):
+    found = told_of(place[1], b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n" * 500)
+    assert found == [200] * 65 + [429]
+    assert told_of(place[1], b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n" * 60 + b"\0") == [200] * 60 + [400]
+
+
+def test_what_follows_a_body_takes_no_memory(place):
+    server = place[1]
+    fields = b"a:b\r\n" * 10_000
+
+    def resident_mib() -> float:
+        return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * 4096 / 2**20
+
+    before = resident_mib()
+    with socket.create_connection((server.host, server.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(CHUNKED + b"0\r\n")
+        with contextlib.suppress(OSError):  # it is closed long before
+            for _ in range(200):
+                connection.sendall(fields)
+        assert resident_mib() < before + 20
 
 
 def test_metrics_are_on_a_port_of_their_own(place):
