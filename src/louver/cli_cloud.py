@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import sys
 from contextlib import AbstractContextManager
 from enum import StrEnum
@@ -149,9 +150,9 @@ def serve(
     )
     listening.check(has_tokens=tokens is not None)
     limits = Limits(
-        body_bytes=int(max_body_mb * _MB),
-        decoded_bytes=int(max_decoded_mb * _MB),
-        held_bytes=int(max_held_mb * _MB),
+        body_bytes=_bytes("--max-body-mb", max_body_mb),
+        decoded_bytes=_bytes("--max-decoded-mb", max_decoded_mb),
+        held_bytes=_bytes("--max-held-mb", max_held_mb),
         rows=max_rows,
         body_s=body_s,
         answer_s=answer_s,
@@ -253,6 +254,12 @@ def token_list(file: TokenFile, as_json: AsJson = False) -> None:
     for one in found:
         table.add_row(*("" if value is None else str(value) for value in one.values()))
     Console().print(table)
+
+
+def _bytes(option: str, mib: float) -> int:
+    if not math.isfinite(mib):
+        raise ConfigError(f"{option}: expected a number of MiB, got {mib}")
+    return int(mib * _MB)
 
 
 def _log_lines() -> None:

@@ -113,6 +113,28 @@ def test_only_loopback_is_open_to_all(options, is_fine):
             Listening(**options, tls_cert=Path("c"), tls_key=Path("k")).check(has_tokens=False)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--max-body-mb", "inf", "--max-body-mb"),
+        ("--max-body-mb", "nan", "--max-body-mb"),
+        ("--max-body-mb", "2048", "body_bytes"),  # more than gRPC takes
+        ("--max-decoded-mb", "inf", "--max-decoded-mb"),
+        ("--max-held-mb", "inf", "--max-held-mb"),
+        ("--body-s", "inf", "body_s"),
+        ("--answer-s", "nan", "--answer-s"),
+        ("--head-s", "inf", "head_s"),
+        ("--drain-s", "nan", "--drain-s"),
+        ("--max-connections", "3000000000", "connections"),
+        ("--host", "a..b", "cannot listen on a..b"),
+    ],
+)
+def test_options_past_all_bounds_are_refused(tmp_path, run, option, value, words):
+    toy_bundle(tmp_path / "b")
+    code, _, error = run("serve", "b", "--port", "0", "--insecure-public", option, value)
+    assert (code, words in error) == (2, True), error
+
+
 def test_a_port_that_is_taken_is_said(tmp_path):
     toy_bundle(tmp_path / "b")
     with running(tmp_path / "log", tmp_path / "b", options=("--drain-s", "0")) as server:

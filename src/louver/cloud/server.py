@@ -58,9 +58,9 @@ class Listening:
             raise ConfigError("TLS needs both a certificate and its key: give --tls-cert and --tls-key")
         if self.client_ca is not None and self.tls_cert is None:
             raise ConfigError("certificates of clients need TLS: give --tls-cert and --tls-key too")
-        for name in ("drain_s", "connections", "head_s"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")
+        for name, most in (("drain_s", 86_400), ("connections", 2**20), ("head_s", 3600)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name}: expected a number from 0 to {most}, got {getattr(self, name)!r}")
 
     @property
     def is_loopback(self) -> bool:
@@ -323,8 +323,9 @@ def _socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "this is no name of a host"
+        raise ConfigError(f"cannot listen on {host}: {reason}") from error
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)

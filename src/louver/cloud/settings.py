@@ -12,6 +12,7 @@ from louver.errors import ConfigError
 __all__ = ["Batching", "Limits", "Settings"]
 
 _MB = 2**20
+_MOST_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,12 @@ class Limits:
     answer_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "decoded_bytes", "header_bytes", "json_bytes", "rows", "held_bytes"):
-            _need(name, getattr(self, name), least=1)
+        most = {"body_bytes": 2**30, "decoded_bytes": 2**34, "header_bytes": 2**24, "json_bytes": 2**30, "rows": 2**20}
+        for name, value in most.items():
+            _need(name, getattr(self, name), least=1, most=value)
+        _need("held_bytes", self.held_bytes, least=1)
         for name in ("body_s", "answer_s"):
-            _need(name, getattr(self, name), least=0.01)
+            _need(name, getattr(self, name), least=0.01, most=_MOST_S)
 
 
 @dataclass(frozen=True, kw_only=True)
