@@ -206,6 +206,15 @@ def test_without_a_folder_or_the_package_it_says_what_is_missing(
 # At rest
 
 
+@pytest.mark.parametrize("folder", ["/", "."])
+def test_a_folder_without_a_name_has_no_place_for_its_key(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir("/")
+    with pytest.raises(ConfigError, match="queue_folder: expected a folder with a name"):
+        Outbox(bundle, Settings(queue_folder=Path(folder)))
+
+
 def test_what_is_on_disk_is_neither_feature_nor_image_and_for_the_owner_alone(tmp_path: Path, cloud: Cloud) -> None:
     cloud.always = status(503)
     images = pictures(2)
@@ -522,6 +531,34 @@ def test_data_is_on_the_disk_before_its_name_and_its_name_before_it_counts(
     outbox.remove(0)
     assert calls == [f"unlink {entry}", "fsync queue"]
     outbox.close()
+
+
+def test_a_new_folder_is_on_the_disk_before_what_it_holds_counts(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Path]] = []
+    mkdir, fsync = os.mkdir, os.fsync
+
+    def noted_mkdir(path: Path, *arguments: object) -> None:
+        mkdir(path, *arguments)
+        calls.append(("mkdir", Path(path)))
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        calls.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    monkeypatch.setattr(os, "mkdir", noted_mkdir)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    settings = options(tmp_path / "a" / "b", queue_key=tmp_path / "keys" / "of" / "key")
+    Outbox(bundle, settings).close()
+    made = [tmp_path / path for path in ("a", "a/b", "a/b/queue", "keys", "keys/of")]
+    assert [path for call, path in calls if call == "mkdir"] == made
+    for path in made:
+        assert calls[calls.index(("mkdir", path)) + 1] == ("fsync", path.parent)
+    assert (tmp_path / "a" / "b" / "queue").stat().st_mode & 0o777 == 0o700
+    calls.clear()
+    Outbox(bundle, settings).close()
+    assert calls == []
 
 
 # Crashes

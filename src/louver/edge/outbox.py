@@ -56,9 +56,14 @@ class Outbox:
         self._bundle_id, self._settings = bundle.id, settings
         self._guard = Lock()
         self._lock_file = -1
+        if settings.queue_key is None and not self.folder.name:
+            raise ConfigError(
+                f"queue_folder: expected a folder with a name, for the key is made beside it, got {self.folder}; name "
+                "another, or a file with queue_key"
+            )
         key_file = settings.queue_key or self.folder.with_name(self.folder.name + ".key")
         with _refusals(self.folder):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make(self.folder, mode=0o700)
             self._lock_file = _locked(self.folder)
         try:
             with _refusals(self.folder):
@@ -261,7 +266,7 @@ def _key(path: Path, *, is_new: bool) -> bytes:
     if not path.exists():
         if not is_new:
             raise ConfigError(f"queue_key: expected the key of the queue in {path}, got no such file; restore it")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.absolute().parent)
         _write(path, [os.urandom(_KEY_BYTES)])
     # By the open file, so that what is judged is what is read.
     with path.open("rb") as file:
@@ -274,6 +279,15 @@ def _key(path: Path, *, is_new: bool) -> bytes:
     if len(key) != _KEY_BYTES:
         raise ConfigError(f"queue_key: expected {_KEY_BYTES} random bytes in {path}, got another size; name another")
     return key
+
+
+def _make(folder: Path, *, mode: int = 0o777) -> None:
+    """Makes `folder` and those that it lies in, none of which a power cut takes once this returns."""
+    if folder.is_dir():
+        return
+    _make(folder.parent)
+    folder.mkdir(mode=mode, exist_ok=True)
+    _sync(folder.parent)
 
 
 def _locked(folder: Path) -> int:
