@@ -7,10 +7,12 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -26,6 +28,7 @@ __all__ = ["serve", "token"]
 
 _CLOUD = ("google", "grpc", "httptools", "prometheus_client", "uvicorn", "uvloop")
 _MB = 2**20
+_Number = TypeVar("_Number", int, float)
 
 token = typer.Typer(name="token", help="Clients that may ask the cloud half: add, list, remove.", no_args_is_help=True)
 TokenFile = Annotated[Path, typer.Option("--file", help="The file of clients that `louver serve --tokens` reads.")]
@@ -70,10 +73,21 @@ def serve(
     insecure_public: Annotated[
         bool, typer.Option("--insecure-public", help="Listen beyond this machine even without TLS or tokens.")
     ] = False,
-    max_batch: Annotated[int, typer.Option(min=1, help="Most images in one run of the network.")] = 32,
+    max_batch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]N",
+            help="Most images in one run of the network, 32 by default; with a NAME, of that model. Can be repeated.",
+        ),
+    ] = None,
     max_delay_ms: Annotated[
-        float, typer.Option(min=0, max=10_000, help="How long a batch waits for more; 0 takes what waits.")
-    ] = 0.0,
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]MS",
+            help="How long a batch waits for more, 0 by default, which takes what waits; with a NAME, that of this "
+            "model. Can be repeated.",
+        ),
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Most requests that wait, for each model.")] = 256,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of one run; half the cores by default.")] = None,
@@ -157,9 +171,19 @@ def serve(
         body_s=body_s,
         answer_s=answer_s,
     )
-    batching = Batching(max_rows=max_batch, max_delay_s=max_delay_ms / 1000, queue=queue, workers=workers)
+    rows_of = _by_model("--max-batch", max_batch or [], int, least=1, most=1_000_000)
+    delay_ms_of = _by_model("--max-delay-ms", max_delay_ms or [], float, least=0, most=10_000)
+    delay_s_of = {name: delay_ms / 1000 for name, delay_ms in delay_ms_of.items()}
+    batching = Batching(
+        max_rows=rows_of.pop("", Batching.max_rows),
+        max_delay_s=delay_s_of.pop("", Batching.max_delay_s),
+        queue=queue,
+        workers=workers,
+        max_rows_of=rows_of,
+        max_delay_s_of=delay_s_of,
+    )
     if threads is not None:
-        batching = Batching(**{**vars(batching), "threads": threads})
+        batching = replace(batching, threads=threads)
     settings = Settings(limits=limits, tokens=tokens, budgets=budgets)
     maker = None
     if (maker_key, maker_identity, maker_issuer) != (None, None, None):
@@ -260,6 +284,30 @@ def _bytes(option: str, mib: float) -> int:
     if not math.isfinite(mib):
         raise ConfigError(f"{option}: expected a number of MiB, got {mib}")
     return int(mib * _MB)
+
+
+def _by_model(
+    option: str, values: Sequence[str], kind: Callable[[str], _Number], *, least: int, most: int
+) -> dict[str, _Number]:
+    """What an option gives each model, by its name, and all others, by an empty one.
+
+    Raises:
+        ConfigError: a value that is neither NUMBER nor NAME=NUMBER, or two for one name.
+    """
+    found: dict[str, _Number] = {}
+    for value in values:
+        name, equals, text = value.rpartition("=")
+        try:
+            number = kind(text)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most or (equals and not name):
+            what = f"{'whole numbers' if kind is int else 'numbers'} from {least} to {most:,}"
+            raise ConfigError(f"{option}: expected NUMBER or NAME=NUMBER, {what}, got {value!r}")
+        if name in found:
+            raise ConfigError(f"{option}: expected one value for {name or 'all models'}, got {value!r} too")
+        found[name] = number
+    return found
 
 
 def _log_lines() -> None:

@@ -233,8 +233,31 @@ def test_a_call_costs_little():
     assert run(work, max_rows=100) < 100e-6
 
 
+def test_a_model_has_its_own_values_and_the_rest_of_all_others():
+    batching = Batching(max_rows=9, max_delay_s=0.5, queue=7, max_rows_of={"a": 3, "b": 4}, max_delay_s_of={"b": 0})
+    found = {name: batching.of(name) for name in "abc"}
+    assert {name: (one.max_rows, one.max_delay_s) for name, one in found.items()} == {
+        "a": (3, 0.5),
+        "b": (4, 0),
+        "c": (9, 0.5),
+    }
+    assert {(one.queue, one.workers, one.threads) for one in found.values()} == {(7, 2, batching.threads)}
+    assert batching.names == {"a", "b"}
+
+
 @pytest.mark.parametrize(
-    "options", [{"max_rows": 0}, {"queue": 0}, {"workers": 0}, {"threads": 0}, {"max_delay_s": -1}, {"max_delay_s": 99}]
+    "options",
+    [
+        {"max_rows": 0},
+        {"queue": 0},
+        {"workers": 0},
+        {"threads": 0},
+        {"max_delay_s": -1},
+        {"max_delay_s": 99},
+        {"max_rows_of": {"a": 3, "b": 0}},
+        {"max_delay_s_of": {"a": -1}},
+        {"max_delay_s_of": {"a": 99}},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(options):
     with pytest.raises(ConfigError, match="expected at least"):

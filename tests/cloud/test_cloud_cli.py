@@ -67,13 +67,45 @@ def test_what_cannot_be_served_is_said_before_anything_listens(run, tmp_path):
         (("b", "--client-ca", "x"), "need TLS"),
         (("b", "--tokens", "none.json"), "louver token add"),
         (("b", "--budgets", "b.json"), "tokens too"),
-        (("b", "--max-batch", "0"), "--max-batch"),
+        (("b", "--max-batch", "0"), "--max-batch: expected NUMBER or NAME=NUMBER, whole numbers from 1 to 1,000,000"),
+        (("b", "--max-batch", "toy="), "got 'toy='"),
+        (("b", "--max-batch", "=3"), "got '=3'"),
+        (("b", "--max-batch", "toy=b"), "got 'toy=b'"),
+        (("b", "--max-batch", "toy=2.5"), "got 'toy=2.5'"),
+        (("b", "--max-batch", "8", "--max-batch", "9"), "one value for all models, got '9' too"),
+        (("b", "--max-batch", "toy=8", "--max-batch", "toy=8"), "one value for toy, got 'toy=8' too"),
+        (("b", "--max-batch", "tow=8"), "no such model is served; served: toy"),
+        (
+            ("b", "--max-delay-ms", "-1"),
+            "--max-delay-ms: expected NUMBER or NAME=NUMBER, numbers from 0 to 10,000, got '-1'",
+        ),
+        (("b", "--max-delay-ms", "toy=nan"), "got 'toy=nan'"),
+        (("b", "--max-delay-ms", "tow=8"), "no such model is served; served: toy"),
         (("b", "--engine", "moon"), "local"),
         (("b", "--engine", "ray", "--min-replicas", "5"), "--min-replicas <= --max-replicas"),
         (("b", "--engine", "ray", "--traces"), "for the local engine"),
     ):
         code, _, error = run("serve", *words)
         assert (code, told in error) == (2, True), (words, error)
+
+
+def test_batches_of_all_models_and_of_one(run, tmp_path, monkeypatch):
+    toy_bundle(tmp_path / "b")
+    made = []
+
+    def refused(paths, *, batching, **options):
+        made.append(batching)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("louver.cloud.Repository", refused)
+    rows = ("--max-batch", "toy=8", "--max-batch", "16")
+    delays = ("--max-delay-ms", "toy=2.5", "--max-delay-ms", "tow=0")
+    for options in ((), (*rows, *delays, "--threads", "3")):
+        assert run("serve", "b", *options)[0] == 2
+    assert made == [
+        Batching(),
+        Batching(max_rows=16, threads=3, max_rows_of={"toy": 8}, max_delay_s_of={"toy": 0.0025, "tow": 0}),
+    ]
 
 
 def test_traces_without_their_package_are_said_before_anything_listens(run, tmp_path, monkeypatch):
@@ -233,10 +265,11 @@ def test_every_option_is_documented_with_its_default():
         parts = [part.strip("` ") for part in defaults.split(",")]
         told |= dict(zip(options, parts if len(parts) == len(options) else parts * len(options), strict=True))
     known = {one.opts[0]: one.default for one in command.params if one.opts[0].startswith("--")}
+    helps = {one.opts[0]: one.help for one in command.params if one.opts[0].startswith("--")}
     assert sorted(told) == sorted(known)
     for option, default in known.items():
         if default is None or default is False:
-            assert told[option] in ("none", "no", "half the cores"), option
+            assert told[option] in ("none", "no") or f"{told[option]} by default" in helps[option], option
         else:
             assert told[option] == (f"{default:g}" if isinstance(default, (int, float)) else str(default)), option
 
@@ -249,12 +282,10 @@ def test_the_defaults_of_the_command_are_those_of_the_library():
     assert known["max_decoded_mb"] * 2**20 == limits.decoded_bytes
     assert known["max_held_mb"] * 2**20 == limits.held_bytes
     assert (known["max_rows"], known["body_s"], known["answer_s"]) == (limits.rows, limits.body_s, limits.answer_s)
-    assert (known["max_batch"], known["queue"], known["workers"]) == (
-        batching.max_rows,
-        batching.queue,
-        batching.workers,
-    )
-    assert known["max_delay_ms"] == 1000 * batching.max_delay_s
+    assert (known["queue"], known["workers"]) == (batching.queue, batching.workers)
+    helps = {one.name: one.help for one in command.params}
+    assert f"{batching.max_rows} by default" in helps["max_batch"]
+    assert f"{1000 * batching.max_delay_s:g} by default" in helps["max_delay_ms"]
     for name in ("host", "port", "grpc_port", "metrics_port", "drain_s", "head_s"):
         assert known[name] == getattr(listening, name), name
     assert known["max_connections"] == listening.connections

@@ -9,8 +9,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from louver.cloud import ray_engine
+from bundles import toy_bundle
+from louver.cloud import Batching, Listening, Settings, ray_engine
 from louver.cloud.keeper import Content, Seen
+from louver.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -89,3 +91,13 @@ def test_a_keeper_that_is_lost_ends_the_service(errors):
             looking.result()
 
     asyncio.run(work())
+
+
+def test_a_name_that_is_not_served_is_said_before_ray_starts(tmp_path, monkeypatch):
+    toy_bundle(tmp_path / "b")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    batching = Batching(max_delay_s_of={"tow": 0.5})
+    with pytest.raises(ConfigError, match="no such model is served; served: toy"):
+        ray_engine.serve_on_ray(
+            [tmp_path], Settings(), batching, Listening(), ray_engine.Scaling(), keep_s=60, started=lambda _: None
+        )

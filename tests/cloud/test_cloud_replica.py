@@ -74,7 +74,7 @@ def module(monkeypatch):
 class Place:
     """A keeper of one bundle and two clients, and one replica."""
 
-    def __init__(self, module: ModuleType, folder: Path) -> None:
+    def __init__(self, module: ModuleType, folder: Path, **batching) -> None:
         self.folder = folder
         self.first = toy_bundle(folder / "b")
         self.file = folder / "tokens.json"
@@ -82,7 +82,7 @@ class Place:
         self.tokens["paid"] = add_client(self.file, "paid", images_total=9)
         self.keeper = Keeper([folder / "b"], Settings(tokens=self.file), keep_s=60)
         self.actor = Actor(self.keeper)
-        self.replica = module.Replica(self.actor, Limits(), Batching(workers=1, threads=1), 60.0)
+        self.replica = module.Replica(self.actor, Limits(), Batching(workers=1, threads=1, **batching), 60.0)
 
     def begin(self) -> None:
         self.app = self.replica.__serve_build_asgi_app__()
@@ -192,6 +192,21 @@ def test_a_replica_without_its_keeper_answers_503_whatever_the_cause(place, modu
             place.actor.wrong = None
             await place.until(200)
             assert (await place.ask(path="/v2/health/ready")).status == 200
+        await place.close()
+
+    asyncio.run(work())
+
+
+def test_a_replica_starts_though_a_model_with_its_own_batch_was_taken_away(module, tmp_path):
+    place = Place(module, tmp_path, max_rows_of={"toy": 3, "gone": 5})
+
+    async def work() -> None:
+        place.begin()
+        told: list[int] = []
+        (served,) = place.replica._repository.current
+        served.told.append(told.append)
+        await asyncio.gather(*(served.batcher.submit(features(1)) for _ in range(7)))
+        assert told == [3, 3, 1]
         await place.close()
 
     asyncio.run(work())

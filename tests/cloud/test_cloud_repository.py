@@ -33,8 +33,9 @@ def opened():
     """Makes repositories, and closes them."""
     made = []
 
-    def open_(*paths, **options):
-        made.append(Repository(paths, batching=Batching(workers=1, threads=1), **options))
+    def open_(*paths, max_rows_of=None, **options):
+        batching = Batching(workers=1, threads=1, max_rows_of=max_rows_of or {})
+        made.append(Repository(paths, batching=batching, **options))
         return made[-1]
 
     yield open_
@@ -277,6 +278,45 @@ def test_a_manifest_that_holds_no_number_leaves_the_others_to_be_read(tmp_path, 
     (failure,) = repository.reload()
     assert "finite" in failure
     assert ids(repository) == [("a", a.id), ("b", new.id)]
+
+
+async def batches(repository: Repository, name: str, *, requests: int) -> list[int]:
+    """The rows of each run, when as many requests of one image come at once."""
+    served, told = repository.find(name, None), []
+    served.told.append(told.append)
+    await asyncio.gather(*(served.batcher.submit(features(1)) for _ in range(requests)))
+    served.told.clear()
+    return told
+
+
+def test_a_model_has_its_own_largest_batch_whatever_its_version(tmp_path, opened):
+    old, _ = (toy_bundle(tmp_path / name, name=name) for name in ("small", "other"))
+    repository = opened(tmp_path, max_rows_of={"small": 3})
+
+    async def work():
+        assert await batches(repository, "small", requests=7) == [3, 3, 1]
+        assert await batches(repository, "other", requests=7) == [7]
+        toy_bundle(tmp_path / "small", name="small", seed=1)
+        await asyncio.to_thread(repository.reload)
+        assert repository.find("small", None).model.version != old.id
+        assert await batches(repository, "small", requests=7) == [3, 3, 1]
+
+    asyncio.run(work())
+
+
+def test_a_name_with_its_own_batch_is_served_at_the_start_and_may_go_and_come_back(tmp_path, opened):
+    for name in ("a", "b"):
+        toy_bundle(tmp_path / name, name=name)
+    with pytest.raises(ConfigError, match="batching of 'c': no such model is served; served: a, b"):
+        opened(tmp_path, max_rows_of={"a": 2, "c": 3})
+    assert len(opened(tmp_path, max_rows_of={"c": 3}, may_lack_names=True).current) == 2
+    repository = opened(tmp_path, max_rows_of={"b": 2}, keep_s=0)
+    (tmp_path / "b").rename(tmp_path.parent / "away")
+    assert repository.reload() == []
+    assert [name for name, _ in ids(repository)] == ["a"]
+    toy_bundle(tmp_path / "b", name="b", seed=1)
+    assert repository.reload() == []
+    assert asyncio.run(batches(repository, "b", requests=5)) == [2, 2, 1]
 
 
 def test_what_is_in_flight_is_finished_by_the_version_it_was_sent_to(tmp_path, opened):

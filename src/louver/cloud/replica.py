@@ -56,7 +56,8 @@ class Replica:
         self._generation, contents = ray.get(keeper.contents.remote())
         bundles = Path(self._folder.name)
         write_contents(bundles, contents)
-        self._repository = Repository([bundles], batching=batching, keep_s=keep_s)
+        # The names were compared with what is served when all began; since then a model may have been taken away.
+        self._repository = Repository([bundles], batching=batching, keep_s=keep_s, may_lack_names=True)
         if any(one.is_leaving for one in contents):
             # Read once with them, so that they are known as what was replaced.
             write_contents(bundles, [one for one in contents if not one.is_leaving])

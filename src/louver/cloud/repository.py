@@ -48,11 +48,13 @@ class Repository:
     """The bundles in `paths`, each a bundle or a folder of bundles.
 
     keep_s: how long a version that was replaced is still answered, so that devices with its edge half have time to
-    follow. What is in flight is finished in any case. maker: by whom every bundle must be signed.
+    follow. What is in flight is finished in any case. maker: by whom every bundle must be signed. may_lack_names:
+    `batching` may name models that are not served (any more), as they may after a reload in any case.
 
     Raises:
         BundleError: a path holds no bundle, or a bundle is not as it was exported.
-        ConfigError: no path, a time that cannot be, or a maker's key that cannot be read.
+        ConfigError: no path, a time that cannot be, a maker's key that cannot be read, or `batching` names a model that
+            is not served.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Repository:
         batching: Batching | None = None,
         keep_s: float = 600.0,
         maker: Maker | None = None,
+        may_lack_names: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not paths:
@@ -77,6 +80,10 @@ class Repository:
         self._changing = threading.Lock()
         try:
             self._state = _State(folders=self._read({}, failures=None))
+            served = {one.model.name for one in self.current}
+            if not may_lack_names and (unknown := sorted(self.batching.names - served)):
+                names = ", ".join(sorted(served))
+                raise ConfigError(f"batching of {shown(unknown[0])}: no such model is served; served: {names}")
         except LouverError:
             self._workers.close()
             raise
@@ -171,7 +178,8 @@ class Repository:
             for one in told:
                 one(rows)
 
-        return Served(model=model, batcher=Batcher(model.run, self._workers, self.batching, told=tell), told=told)
+        batching = self.batching.of(model.name)
+        return Served(model=model, batcher=Batcher(model.run, self._workers, batching, told=tell), told=told)
 
 
 def read_each(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from louver.errors import ConfigError
@@ -23,6 +24,8 @@ class Batching:
     whatever waits when a worker is free, which is quick alone and full under load. queue: requests that may wait.
     workers: runs at a time, over all models. threads: threads of onnxruntime within one run.
 
+    max_rows_of, max_delay_s_of: by its name, what a model has instead of max_rows and max_delay_s, in all its versions.
+
     Two workers by default, so that one batch is put together and answered while another is computed; between them they
     use each core once.
     """
@@ -32,11 +35,30 @@ class Batching:
     queue: int = 256
     workers: int = 2
     threads: int = field(default_factory=lambda: max(1, (os.cpu_count() or 1) // 2))
+    max_rows_of: Mapping[str, int] = field(default_factory=dict)
+    max_delay_s_of: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "queue", "workers", "threads"):
             _need(name, getattr(self, name), least=1)
         _need("max_delay_s", self.max_delay_s, least=0, most=10)
+        for name, rows in self.max_rows_of.items():
+            _need(f"max_rows_of {name}", rows, least=1)
+        for name, delay_s in self.max_delay_s_of.items():
+            _need(f"max_delay_s_of {name}", delay_s, least=0, most=10)
+
+    @property
+    def names(self) -> set[str]:
+        """The models that have a value of their own."""
+        return {*self.max_rows_of, *self.max_delay_s_of}
+
+    def of(self, name: str) -> Batching:
+        """What holds for the model of that name."""
+        return replace(
+            self,
+            max_rows=self.max_rows_of.get(name, self.max_rows),
+            max_delay_s=self.max_delay_s_of.get(name, self.max_delay_s),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
