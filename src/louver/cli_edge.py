@@ -112,8 +112,8 @@ def _work(edge: Edge, sources: list[str], *, batch: int, as_json: bool) -> None:
         import numpy as np
 
         chunk: list[tuple[str, NDArray[np.float32]]] = []
-        for one in images_from(sources, edge.bundle.serving.image_shape):
-            chunk.append(one)
+        for name, image in images_from(sources, edge.bundle.serving.image_shape):
+            chunk.append((_printable(name), image))
             if len(chunk) == batch:
                 names.append([name for name, _ in chunk])
                 yield np.stack([image for _, image in chunk])
@@ -192,6 +192,11 @@ def _words(found: dict[str, Any]) -> str:
 
     shape = "×".join(map(str, np.shape(found["scores"])))
     return f"{shape} scores"
+
+
+def _printable(name: str) -> str:
+    """A file's name with escapes for what is no UTF-8, which neither a strict output nor a reader of JSON takes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _print(line: dict[str, Any]) -> None:

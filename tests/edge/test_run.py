@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -185,6 +186,26 @@ def test_answers_before_a_bad_picture_are_printed(
     said = capsys.readouterr()
     assert [Path(json.loads(line)["image"]).name for line in said.out.splitlines()] == ["a.PNG"]
     assert "cannot be decoded" in said.err
+
+
+def test_a_name_that_is_no_utf_8_is_printed_with_escapes(photos: Path, cloud: Cloud) -> None:
+    (photos / "b.png").rename(photos / os.fsdecode(b"b\xff.png"))
+    words = [*COMMAND, str(cloud.bundle.folder), "--server", cloud.address, str(photos)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    escaped = str(photos / r"b\udcff.png")
+    for as_json in (False, True):
+        done = subprocess.run(
+            [*words, *["--json"] * as_json],
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+            timeout=60,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        found = done.stdout.splitlines()
+        names = [json.loads(line)["image"] if as_json else line.partition(": ")[0] for line in found]
+        assert names == [str(photos / "a.PNG"), escaped, str(photos / "deep" / "c.jpg")]
 
 
 def test_a_queue_that_a_refused_request_bars_is_freed_by_giving_it_up(
