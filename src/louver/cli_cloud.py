@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import math
+import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -29,8 +31,11 @@ __all__ = ["serve", "token"]
 _CLOUD = ("google", "grpc", "httptools", "prometheus_client", "uvicorn", "uvloop")
 _MB = 2**20
 _Number = TypeVar("_Number", int, float)
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-token = typer.Typer(name="token", help="Clients that may ask the cloud half: add, list, remove.", no_args_is_help=True)
+token = typer.Typer(
+    name="token", help="Clients that may ask the cloud half: add, list, rotate, remove.", no_args_is_help=True
+)
 TokenFile = Annotated[Path, typer.Option("--file", help="The file of clients that `louver serve --tokens` reads.")]
 
 
@@ -249,12 +254,31 @@ def token_add(
         requests_per_s=requests_per_s,
         burst=burst,
     )
-    print(json.dumps({"name": name, "token": made}) if as_json else made)
+    _tell_token(name, made, as_json=as_json)
+
+
+@token.command("rotate")
+def token_rotate(
+    name: Annotated[str, typer.Argument(help="Name of the client.")],
+    file: TokenFile,
+    overlap: Annotated[
+        str, typer.Option(help="How long the token before goes on: 90s, 30m, 12h, 7d; 0 ends it at once.")
+    ] = "1d",
+    as_json: AsJson = False,
+) -> None:
+    """Make a new token for a client, whose limits stay, and print it, once. The one before goes on for --overlap.
+
+    One that is older, from a rotation before, ends at once: no client has more than two.
+    """
+    with _cloud():
+        from louver.cloud.tokens import rotate_client
+
+    _tell_token(name, rotate_client(file, name, overlap_s=_seconds("--overlap", overlap)), as_json=as_json)
 
 
 @token.command("remove")
 def token_remove(name: Annotated[str, typer.Argument(help="Name of the client.")], file: TokenFile) -> None:
-    """Take a client out of the file: a running server refuses its token within seconds."""
+    """Take a client out of the file: a running server refuses its tokens within seconds."""
     with _cloud():
         from louver.cloud.tokens import remove_client
 
@@ -263,18 +287,23 @@ def token_remove(name: Annotated[str, typer.Argument(help="Name of the client.")
 
 @token.command("list")
 def token_list(file: TokenFile, as_json: AsJson = False) -> None:
-    """List the clients in the file, with their limits."""
+    """List the clients in the file, with their limits, and until when a token that was replaced is still valid."""
     with _cloud():
         from louver.cloud.tokens import read_clients
 
     limits = ("requests_per_s", "burst", "images_per_day", "images_total")
-    found = [{"name": one.name, **{key: getattr(one, key) for key in limits}} for one in read_clients(file)]
+    found = []
+    for client in read_clients(file):
+        n_valid = sum(time.time() < until for _, until in client.hashes)
+        old_until = client.old_until if n_valid > 1 else None
+        found.append({"name": client.name, **{key: getattr(client, key) for key in limits}, "old_until": old_until})
     if as_json:
         print(json.dumps(found, indent=1))
         return
     table = Table()
     for heading in ("client", "requests a second", "burst", "images a day", "images ever"):
         table.add_column(heading, justify="left" if heading == "client" else "right", overflow="fold")
+    table.add_column("old token until", no_wrap=True)
     for one in found:
         table.add_row(*("" if value is None else str(value) for value in one.values()))
     Console().print(table)
@@ -284,6 +313,22 @@ def _bytes(option: str, mib: float) -> int:
     if not math.isfinite(mib):
         raise ConfigError(f"{option}: expected a number of MiB, got {mib}")
     return int(mib * _MB)
+
+
+def _tell_token(name: str, made: str, *, as_json: bool) -> None:
+    print(json.dumps({"name": name, "token": made}) if as_json else made)
+
+
+def _seconds(option: str, text: str) -> int:
+    """A time such as 12h, in seconds.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch("([0-9]{1,9})([smhd])", text)
+    if found is None and text != "0":
+        raise ConfigError(f"{option}: expected 0, or a whole number with s, m, h or d, such as 12h, got {text!r}")
+    return int(found[1]) * _UNITS_S[found[2]] if found is not None else 0
 
 
 def _by_model(

@@ -7,6 +7,8 @@ import logging
 import re
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,48 @@ def test_tokens_are_added_listed_and_removed(run):
     assert run("token", "remove", "a", "--file", "t.json")[0] == 0
     code, _, error = run("token", "remove", "a", "--file", "t.json")
     assert (code, "no client a; known: b" in error) == (2, True)
+
+
+def test_a_token_is_rotated_and_the_list_says_until_when_the_old_one_goes_on(run, monkeypatch):
+    _, first, _ = run("token", "add", "a", "--file", "t.json", "--images-per-day", "7")
+    code, second, error = run("token", "rotate", "a", "--file", "t.json", "--overlap", "90s")
+    assert (code, error) == (0, "")
+    assert len(second.strip()) >= 43
+    assert second != first
+    _, told, _ = run("token", "list", "--file", "t.json", "--json")
+    (one,) = json.loads(told)
+    assert one["images_per_day"] == 7
+    left = datetime.fromisoformat(one["old_until"]) - datetime.now(UTC)
+    assert 80 < left.total_seconds() <= 91
+    assert one["old_until"] in run("token", "list", "--file", "t.json")[1]
+    now = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr("time.time", lambda: now + 91)
+        _, told, _ = run("token", "list", "--file", "t.json", "--json")
+        assert json.loads(told)[0]["old_until"] is None
+    code, told, _ = run("token", "rotate", "a", "--file", "t.json", "--overlap", "0", "--json")
+    assert (code, list(json.loads(told))) == (0, ["name", "token"])
+    assert json.loads(run("token", "list", "--file", "t.json", "--json")[1])[0]["old_until"] is None
+    before = Path("t.json").read_bytes()
+    for words, told in (
+        (("b",), "no client b; known: a"),
+        (("a", "--overlap", "1"), "expected 0, or a whole number with s, m, h or d"),
+        (("a", "--overlap", "-1h"), "got '-1h'"),
+        (("a", "--overlap", "1.5h"), "got '1.5h'"),
+        (("a", "--overlap", ""), "got ''"),
+        (("a", "--overlap", "366d"), "expected an overlap of 0 to 365 days"),
+    ):
+        code, _, error = run("token", "rotate", *words, "--file", "t.json")
+        assert (code, told in error) == (2, True), (words, error)
+    assert Path("t.json").read_bytes() == before
+
+
+def test_a_day_is_the_overlap_unless_another_is_named(run):
+    run("token", "add", "a", "--file", "t.json")
+    run("token", "rotate", "a", "--file", "t.json")
+    (one,) = json.loads(run("token", "list", "--file", "t.json", "--json")[1])
+    left = datetime.fromisoformat(one["old_until"]) - datetime.now(UTC)
+    assert 86390 < left.total_seconds() <= 86401
 
 
 def test_what_cannot_be_served_is_said_before_anything_listens(run, tmp_path):

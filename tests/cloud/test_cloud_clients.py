@@ -8,6 +8,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from louver.cloud import budgets as budgets_module
 from louver.cloud.budgets import Budgets
 from louver.cloud.clients import Clients
 from louver.cloud.refusals import Refusal
-from louver.cloud.tokens import Client, add_client, read_clients, remove_client, token_hash
+from louver.cloud.tokens import Client, add_client, read_clients, remove_client, rotate_client, token_hash
 from louver.errors import ConfigError, StorageError
 
 
@@ -51,6 +54,29 @@ def test_a_token_is_kept_nowhere_but_with_its_client(tmp_path):
         remove_client(file, "camera-1")
 
 
+def test_a_new_token_leaves_the_limits_and_the_one_before_for_a_while(tmp_path):
+    file, before = tmp_path / "t", time.time()
+    first = add_client(file, "a", images_per_day=7, requests_per_s=2.5)
+    add_client(file, "b")
+    added = read_clients(file)
+    second = rotate_client(file, "a", overlap_s=3600)
+    a, b = read_clients(file)
+    assert (replace(a, sha256=added[0].sha256, old_sha256=None, old_until=None), b) == added
+    assert (a.sha256, a.old_sha256) == (token_hash(second), token_hash(first))
+    until = datetime.strptime(a.old_until, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+    assert before + 3600 <= until <= time.time() + 3601
+    assert not any(token in file.read_text() for token in (first, second))
+    third = rotate_client(file, "a", overlap_s=60)
+    a, _ = read_clients(file)
+    assert (a.sha256, a.old_sha256) == (token_hash(third), token_hash(second))
+    assert token_hash(first) not in file.read_text()
+    last = rotate_client(file, "a", overlap_s=0)
+    assert read_clients(file)[0] == replace(added[0], sha256=token_hash(last))
+    for name, overlap_s, words in (("c", 5, "no client c; known: a, b"), ("a", -1, "overlap"), ("a", 1e9, "365 days")):
+        with pytest.raises(ConfigError, match=words):
+            rotate_client(file, name, overlap_s=overlap_s)
+
+
 def test_many_at_once_lose_no_client(tmp_path):
     threads = [threading.Thread(target=add_client, args=(tmp_path / "t", f"c{i}")) for i in range(9)]
     for one in threads:
@@ -61,6 +87,7 @@ def test_many_at_once_lose_no_client(tmp_path):
 
 
 GOOD = {"name": "a", "sha256": "0" * 64}
+ROTATED = {**GOOD, "old_sha256": "1" * 64, "old_until": "2026-11-23T22:00:00Z"}
 WRONG = {
     "no JSON": (b"{", "not JSON"),
     "no text": (b"\xff", "not JSON"),
@@ -80,6 +107,17 @@ WRONG = {
     "a burst of no rate": ({"clients": [{**GOOD, "burst": 5}]}, "set that too"),
     "one name twice": ({"clients": [GOOD, {**GOOD, "sha256": "1" * 64}]}, "same name"),
     "one token twice": ({"clients": [GOOD, {**GOOD, "name": "b"}]}, "same sha256"),
+    "the token of another before": (
+        {"clients": [{**ROTATED, "name": "b"}, {**GOOD, "sha256": "1" * 64}]},
+        "same sha256",
+    ),
+    "one token before and now": ({"clients": [{**ROTATED, "old_sha256": "0" * 64}]}, "same sha256"),
+    "a token before for a hash": ({"clients": [{**ROTATED, "old_sha256": "secret-token"}]}, "expected the SHA-256"),
+    "a token before without an end": ({"clients": [{**GOOD, "old_sha256": "1" * 64}]}, "or neither"),
+    "an end of nothing": ({"clients": [{**GOOD, "old_until": ROTATED["old_until"]}]}, "or neither"),
+    "an end in words": ({"clients": [{**ROTATED, "old_until": "tomorrow"}]}, "a time in UTC"),
+    "an end elsewhere": ({"clients": [{**ROTATED, "old_until": "2026-11-23T22:00:00+01:00"}]}, "a time in UTC"),
+    "an end as a number": ({"clients": [{**ROTATED, "old_until": 1795471200}]}, "a time in UTC"),
 }
 
 
@@ -122,10 +160,8 @@ def test_who_asks_is_known_by_the_token_alone(tmp_path):
         assert tokens["a"] not in refused.value.reason
 
 
-def test_the_file_is_read_again_when_it_changes(tmp_path, caplog):
-    file, clock = tmp_path / "t", Clock(5.0)
-    first = add_client(file, "first")
-    clients = Clients(file, clock=clock)
+def known(clients: Clients, *tokens: str) -> list[bool]:
+    """Whether each may ask."""
 
     def is_known(token: str) -> bool:
         try:
@@ -134,24 +170,80 @@ def test_the_file_is_read_again_when_it_changes(tmp_path, caplog):
             return False
         return True
 
+    return [is_known(token) for token in tokens]
+
+
+def test_the_file_is_read_again_when_it_changes(tmp_path, caplog):
+    file, clock = tmp_path / "t", Clock(5.0)
+    first = add_client(file, "first")
+    clients = Clients(file, clock=clock)
     second = add_client(file, "second")
-    assert (is_known(first), is_known(second)) == (True, False)
+    assert known(clients, first, second) == [True, False]
     clock.now += 1.1
-    assert (is_known(first), is_known(second)) == (True, True)
+    assert known(clients, first, second) == [True, True]
     remove_client(file, "first")
     clock.now += 1.1
-    assert (is_known(first), is_known(second)) == (False, True)
+    assert known(clients, first, second) == [False, True]
     whole = file.read_text()
     file.write_text(whole[:20])
     clock.now += 1.1
-    assert is_known(second)
+    assert known(clients, second) == [True]
     assert "those known before go on" in caplog.text
     file.write_text(whole)
     clock.now += 1.1
-    assert is_known(second)
+    assert known(clients, second) == [True]
     file.unlink()
     clock.now += 1.1
-    assert not is_known(second)
+    assert known(clients, second) == [False]
+
+
+def test_a_token_that_was_replaced_ends_by_itself(tmp_path):
+    file, clock, wall_clock = tmp_path / "t", Clock(5.0), Clock(time.time())
+    first, other = add_client(file, "a"), add_client(file, "b")
+    clients = Clients(file, clock=clock, wall_clock=wall_clock)
+    second = rotate_client(file, "a", overlap_s=3600)
+    assert known(clients, first, second, other) == [True, False, True]
+    clock.now += 1.1
+    assert known(clients, first, second, other) == [True, True, True]
+    assert clients.identify(bearer(first)) is clients.identify(bearer(second))
+    assert [one.name for one in clients.all] == ["a", "b"]
+    wall_clock.now += 3590
+    assert known(clients, first, second, other) == [True, True, True]
+    wall_clock.now += 12
+    assert known(clients, first, second, other) == [False, True, True]
+    assert known(Clients(file, wall_clock=wall_clock), first, second) == [False, True]  # nor after a restart
+
+
+@pytest.mark.parametrize("overlap_s", [0, 60])
+def test_two_tokens_of_a_client_are_valid_at_most_and_none_when_it_is_removed(tmp_path, overlap_s):
+    file = tmp_path / "t"
+    tokens = [add_client(file, "a")]
+    tokens += [rotate_client(file, "a", overlap_s=60), rotate_client(file, "a", overlap_s=overlap_s)]
+    assert known(Clients(file), *tokens) == [False, overlap_s > 0, True]
+    remove_client(file, "a")
+    assert known(Clients(file), *tokens) == [False] * 3
+
+
+def test_both_tokens_of_a_client_share_its_rate_and_its_budget(tmp_path):
+    file, clock = tmp_path / "t", Clock(5.0)
+    first = add_client(file, "a", requests_per_s=0.001, burst=3, images_total=10)
+    clients = Clients(file, clock=clock)
+    budgets = Budgets(tmp_path / "b", retry_window_s=60)
+
+    def ask(token: str) -> None:
+        who = clients.identify(bearer(token))
+        clients.admit(who)
+        assert charge(budgets, who, (3, "", b"")) == [True]
+
+    ask(first)
+    second = rotate_client(file, "a", overlap_s=60)
+    clock.now += 1.1
+    ask(second)
+    ask(first)
+    assert budgets.left(clients.identify(bearer(second))) == 1
+    with pytest.raises(Refusal, match="may ask"):
+        ask(second)
+    budgets.close()
 
 
 def test_a_client_may_ask_as_fast_as_its_bucket_fills(tmp_path):

@@ -19,7 +19,7 @@ from louver.bundle import CLOUD, file_hash, write_manifest
 from louver.cloud import Batching, Repository, Settings
 from louver.cloud.ingress import BINARY, Front, find_haproxy, write_guard
 from louver.cloud.keeper import Keeper, Report, write_contents
-from louver.cloud.tokens import add_client, remove_client
+from louver.cloud.tokens import Client, add_client, remove_client, rotate_client, token_hash
 from louver.errors import BundleError, ConfigError, StorageError
 from louver.signing import Maker, sign_bundle
 
@@ -149,6 +149,27 @@ def test_replicas_hear_of_clients_draining_and_the_end(kept):
         assert (seen.replicas, seen.in_flight) == (2, 7)
         assert seen.lines == ("one", "two") * 4
         assert (await keeper.look()).lines == ()
+
+    asyncio.run(ask())
+
+
+def test_replicas_hear_of_both_tokens_of_a_client(kept):
+    keeper, _, folder = kept
+
+    async def paid() -> Client:
+        news = await keeper.sync(Report(replica="a", in_flight=0))
+        (found,) = (one for one in news.clients if one.name == "paid")
+        return found
+
+    async def ask() -> None:
+        assert (await keeper.charge("paid", 5, TOY, "id", b"digest")).status == 200
+        before = await paid()
+        new = rotate_client(folder / "tokens.json", "paid", overlap_s=60)
+        keeper._clients._looked -= 2
+        after = await paid()
+        assert [sha256 for sha256, _ in after.hashes] == [token_hash(new), before.sha256]
+        assert after.images_total == 9
+        assert (await keeper.charge("paid", 5, TOY, "next", b"digest")).status == 403
 
     asyncio.run(ask())
 

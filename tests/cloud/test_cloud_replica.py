@@ -18,7 +18,7 @@ from bundles import toy_bundle
 from louver.bundle import MANIFEST
 from louver.cloud import Batching, Limits, Settings
 from louver.cloud.keeper import Keeper
-from louver.cloud.tokens import add_client, remove_client
+from louver.cloud.tokens import add_client, remove_client, rotate_client
 from servers import Answer, ask, asking, features, infer_path
 
 pytestmark = pytest.mark.timeout(60)
@@ -146,6 +146,25 @@ def test_a_replica_that_cannot_write_bundles_goes_on_with_the_old_and_with_new_t
         fails = False
         await place.until(200, second)
         assert (await place.ask()).status == 200  # as what is about to leave
+        await place.close()
+
+    asyncio.run(work())
+
+
+def test_a_replica_hears_of_a_new_token_and_ends_the_one_before_by_itself(place):
+    async def work() -> None:
+        place.begin()
+        place.tokens["new"] = rotate_client(place.file, "paid", overlap_s=3600)
+        assert (await place.ask(client="new")).status == 401
+        place.keeper._clients._looked -= 2
+        await place.until(200, client="new")
+        assert (await place.ask(client="paid")).status == 200
+        assert place.keeper._budgets.left(place.keeper._named("paid")) == 5
+        place.actor.wrong = OSError("gone")
+        place.replica._app.service.clients._wall_clock = lambda: time.time() + 3601
+        assert (await place.ask(client="paid")).status == 401
+        place.actor.wrong = None
+        assert (await place.ask(client="new")).status == 200
         await place.close()
 
     asyncio.run(work())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = ["ANYONE", "Clients", "file_mark"]
 ANYONE = Client(name="anyone", sha256="0" * 64)
 """Who asks when nobody is asked for a token."""
 
+_NOBODY = (ANYONE, ANYONE.sha256, math.inf)
 _LOOK_EVERY_S = 1.0
 _log = logging.getLogger("louver.cloud")
 
@@ -27,16 +29,25 @@ class Clients:
 
     A file that has become unreadable leaves the clients that were known, and says so in the log; a file that is gone
     leaves nobody: whoever takes it away means to shut the door. Without a file, they are those of the last `replace`.
+    wall_clock: by which a token that was replaced ends, with or without a look at the file.
 
     Raises:
         ConfigError: the file is not as it must be now.
     """
 
-    def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._path = path
         self._clock = clock
+        self._wall_clock = wall_clock
         self._mark = file_mark(path) if path is not None else None
-        self._known: dict[bytes, Client] = {}
+        self._all: list[Client] = []
+        self._known: dict[bytes, tuple[Client, str, float]] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
         if path is not None:
             self.replace(read_clients(path))
@@ -46,7 +57,7 @@ class Clients:
     def all(self) -> list[Client]:
         """Everyone known now."""
         self._refresh()
-        return list(self._known.values())
+        return list(self._all)
 
     def identify(self, authorization: bytes | None) -> Client:
         """The client whose token this header holds.
@@ -63,8 +74,8 @@ class Clients:
         digest = hashlib.sha256(token.strip()).digest()
         # The look-up by hash takes a time that depends on the hash alone, which nobody can steer towards one in the
         # file; the comparison of what was found takes the same time whatever it finds.
-        client = self._known.get(digest, ANYONE)
-        if not hmac.compare_digest(client.sha256, digest.hex()):
+        client, sha256, until = self._known.get(digest, _NOBODY)
+        if not hmac.compare_digest(sha256, digest.hex()) or until <= self._wall_clock():
             raise Refusal(401, "unknown token: it is wrong, or has been revoked")
         return client
 
@@ -87,7 +98,8 @@ class Clients:
 
     def replace(self, clients: tuple[Client, ...]) -> None:
         """Knows these from now on, and nobody else."""
-        self._known = {bytes.fromhex(one.sha256): one for one in clients}
+        self._all = list(clients)
+        self._known = {bytes.fromhex(sha256): (one, sha256, until) for one in clients for sha256, until in one.hashes}
         names = {one.name for one in clients}
         self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
 
@@ -109,7 +121,7 @@ class Clients:
         except ConfigError as error:
             _log.error("tokens not read: those known before go on", extra={"reason": str(error)})
         else:
-            _log.info("tokens read", extra={"clients": len(self._known)})
+            _log.info("tokens read", extra={"clients": len(self._all)})
 
 
 def file_mark(path: Path) -> tuple[int, int, int] | None:
