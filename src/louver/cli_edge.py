@@ -7,6 +7,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -123,8 +124,9 @@ def _work(edge: Edge, sources: list[str], *, batch: int, as_json: bool) -> None:
             yield np.stack([image for _, image in chunk])
 
     _flush(edge, as_json=as_json)
-    for answer in edge.infer_many(batches()):
-        _print_answer(names.popleft(), answer, as_json=as_json)
+    with closing(edge.infer_many(batches())) as answers:
+        for answer in answers:
+            _print_answer(names.popleft(), answer, as_json=as_json)
     _flush(edge, as_json=as_json)
     if edge.n_waiting:
         _tell(f"note: {edge.n_waiting} requests wait for the cloud; run the same command without pictures to send them")

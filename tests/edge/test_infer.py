@@ -295,6 +295,86 @@ def test_an_error_comes_after_the_answers_that_came_before_it(cloud: Cloud) -> N
         assert len(list(edge.infer_many(pictures(1, seed=i) for i in range(9)))) == 9
 
 
+def test_an_answer_does_not_wait_for_the_next_picture(cloud: Cloud) -> None:
+    is_triggered, gave_up, is_let_go = threading.Event(), [], threading.Event()
+
+    def camera():
+        try:
+            yield pictures(1)
+            if not is_triggered.wait(5):
+                gave_up.append("waited for an answer")
+            yield pictures(2)
+            while True:
+                yield pictures(3)
+        finally:
+            is_let_go.set()
+
+    with Edge(cloud.bundle, server=cloud.address) as edge:
+        found = edge.infer_many(camera())
+        assert len(next(found).scores) == 1
+        assert gave_up == []
+        is_triggered.set()
+        assert [len(next(found).scores) for _ in range(2)] == [2, 3]
+        found.close()
+        assert is_let_go.wait(5)
+        assert [one.name for one in threading.enumerate() if one.name == "louver-source"] == []
+
+
+def test_what_the_source_raises_comes_after_the_answers(cloud: Cloud) -> None:
+    def camera():
+        yield pictures(1)
+        yield pictures(2)
+        raise OSError("unplugged")
+
+    cloud.always = slow(0.1)
+    with Edge(cloud.bundle, server=cloud.address) as edge:
+        found = edge.infer_many(camera())
+        assert [len(next(found).scores) for _ in range(2)] == [1, 2]
+        with pytest.raises(OSError, match="unplugged"):
+            next(found)
+        assert list(found) == []
+
+
+def test_who_does_not_take_answers_holds_back_the_source(cloud: Cloud) -> None:
+    taken: list[int] = []
+
+    def source():
+        for i in range(99):
+            taken.append(i)
+            yield pictures(1, seed=i)
+
+    with Edge(cloud.bundle, server=cloud.address, settings=Settings(most_in_flight=2)) as edge:
+        found = edge.infer_many(source())
+        for n_given in range(1, 4):
+            next(found)
+            while len(cloud.seen) <= n_given or len(taken) <= n_given + 1:
+                time.sleep(0.005)
+            time.sleep(0.05)  # in which there could be more
+            assert len(cloud.seen) == n_given + 1
+            assert len(taken) == n_given + 2
+        found.close()
+        assert len(taken) == 5
+
+
+def test_a_source_that_blocks_for_ever_keeps_no_process_alive(tmp_path: Path) -> None:
+    bundle = toy_bundle(tmp_path)
+    code = (
+        "import sys, threading, numpy as np\n"
+        "from louver.edge import Edge\n"
+        "def source():\n"
+        f"    yield np.zeros((1, *{IMAGE}), np.float32)\n"
+        "    threading.Event().wait()\n"
+        "with Edge(sys.argv[1], server=sys.argv[2]) as edge:\n"
+        "    for answer in edge.infer_many(source()):\n"
+        "        print(answer.source)\n"
+        "        break\n"
+    )
+    with Cloud(bundle) as cloud:
+        command = [sys.executable, "-c", code, str(tmp_path), cloud.address]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cloud\n", "")
+
+
 def test_one_more_than_the_bound_waits_and_is_then_refused(cloud: Cloud) -> None:
     cloud.always = slow(0.5)
     settings = Settings(most_in_flight=1, slot_timeout_s=0.1)

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +266,55 @@ def test_interrupted_it_leaves_a_whole_queue(tmp_path: Path, cloud: Cloud, polic
     assert f"interrupted; {len(late)} requests wait in" in error
     assert [one for one in late if one in waiting] == waiting
     assert len(late) <= len(waiting) + 5  # those under way when it was interrupted
+
+
+CAMERA = """
+import sys, time, types
+import numpy as np
+
+class Capture:
+    def __init__(self, number):
+        self.n = 0
+
+    def read(self):
+        self.n += 1
+        while self.n > {n_frames}:
+            time.sleep(1)
+        time.sleep({every_s})
+        return True, np.zeros((8, 10, 3), np.uint8)
+
+    def release(self):
+        pass
+
+sys.modules["cv2"] = types.SimpleNamespace(VideoCapture=Capture)
+from louver import cli
+sys.argv = ["louver", "run", *sys.argv[1:]]
+cli.main()
+"""
+"""`louver run` with a camera that gives some pictures, and then lets wait for ever."""
+
+
+@contextmanager
+def camera(*words: object, n_frames: int, every_s: float = 0.0, before: str = "") -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", before + CAMERA.format(n_frames=n_frames, every_s=every_s), *map(str, words), "camera"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_camera_that_waits_for_its_trigger_withholds_no_answer(cloud: Cloud) -> None:
+    with camera(cloud.bundle.folder, "--server", cloud.address, "--json", n_frames=3) as process:
+        names = [json.loads(process.stdout.readline())["image"] for _ in range(3)]
+        assert names == ["camera[0]", "camera[1]", "camera[2]"]
+        process.send_signal(signal.SIGINT)
+        rest, error = process.communicate(timeout=30)
+    assert (process.returncode, rest, error.strip()) == (130, "", "interrupted")
 
 
 def test_the_command_is_light(tmp_path: Path) -> None:

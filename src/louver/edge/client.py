@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Delivery", "Edge", "Flushed"]
 
 _log = logging.getLogger("louver.edge")
+
+_PARTING_S = 1.0
+"""How long a source that is given up may take to notice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,29 +203,41 @@ class Edge:
             finally:
                 self._leave(prepared)
 
-    def infer_many(self, batches: Iterable[NDArray[np.float32]]) -> Iterator[Answer]:
-        """The answers for many calls of `infer`, in order; the next feature is computed while answers are awaited.
+    def infer_many(self, batches: Iterable[NDArray[np.float32]]) -> Generator[Answer]:
+        """The answers for many calls of `infer`, in order, each as soon as it is there.
 
-        At most `most_in_flight` batches are under way, so an endless source is fine. The first error ends it, once what
-        came before it is answered.
+        `batches` is read, and features are computed, in a thread of its own: it may be endless, or let wait for its
+        next images. At most `most_in_flight` batches are under way, and one more is read. The first error, also one of
+        `batches`, ends it, once what came before it is answered. Closed early, it reads no more.
         """
-        waiting: deque[Future[Answer]] = deque()
-        source, trouble = iter(batches), None
-        while True:
+        under_way: SimpleQueue[Future[Answer] | None] = SimpleQueue()
+        room = threading.Semaphore(self.settings.most_in_flight)
+        is_given_up = threading.Event()
+
+        def read() -> None:
             try:
-                images = checked_images(next(source), self.bundle.serving.image_shape)
-            except StopIteration:
-                break
-            except LouverError as error:  # the answers to what came before it are still owed
-                trouble = error
-                break
-            while waiting and (waiting[0].done() or len(waiting) >= self.settings.most_in_flight):
-                yield waiting.popleft().result()
-            waiting.append(self._submit(images))
-        while waiting:
-            yield waiting.popleft().result()
-        if trouble is not None:
-            raise trouble
+                for batch in batches:
+                    images = checked_images(batch, self.bundle.serving.image_shape)
+                    room.acquire()
+                    if is_given_up.is_set():
+                        return
+                    under_way.put(self._submit(images))
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the answers are taken
+                under_way.put(_failed(error))
+            else:
+                under_way.put(None)
+
+        reader = threading.Thread(target=read, name="louver-source", daemon=True)
+        reader.start()
+        try:
+            while (future := under_way.get()) is not None:
+                yield future.result()
+                room.release()
+        finally:
+            is_given_up.set()
+            room.release()
+            # So that a camera is let go before its process ends; but one that gives nothing more holds nobody up.
+            reader.join(_PARTING_S)
 
     def flush(self, sink: Callable[[Delivery], object]) -> Flushed:
         """Sends what waits on disk, oldest first, and hands each answer to `sink`; ends early if the cloud is away.
@@ -389,3 +404,9 @@ class Edge:
     def _labels(self, scores: NDArray[np.float32]) -> tuple[str, ...] | None:
         labels = self.bundle.serving.labels
         return tuple(labels[i] for i in scores.argmax(axis=1)) if labels else None
+
+
+def _failed(error: BaseException) -> Future[Answer]:
+    future: Future[Answer] = Future()
+    future.set_exception(error)
+    return future
