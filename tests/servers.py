@@ -19,6 +19,7 @@ import onnxruntime
 
 from bundles import FEATURE
 from louver.bundle import CLOUD, Bundle
+from louver.cloud.tokens import Client
 
 PATIENCE_S = 60.0
 
@@ -126,10 +127,10 @@ async def ask(
     return Answer(start["status"], {key.decode(): value.decode() for key, value in start["headers"]}, end["body"])
 
 
-def message_of(content: bytes) -> Callable[[], Awaitable[bytes]]:
+def message_of(content: bytes) -> Callable[[Client], Awaitable[bytes]]:
     """How a handler of gRPC reads this message."""
 
-    async def read() -> bytes:
+    async def read(client: Client) -> bytes:
         return content
 
     return read

@@ -24,6 +24,7 @@ import zstandard
 from bundles import toy_bundle
 from louver.cloud import Batching, Limits, Repository, Settings, create_app, rpc
 from louver.cloud import inference_pb2 as messages
+from louver.cloud.turns import Turns
 from servers import Answer, asking, features, head_of, infer_path
 
 pytestmark = pytest.mark.timeout(120)
@@ -272,7 +273,7 @@ def judge(code: grpc.StatusCode, reason: str, i: int) -> None:
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelMetadata"])
 def test_messages_are_refused_with_a_reason_or_right(place, method):
     _, app = place
-    handle = rpc._unary(app.service, rpc._HANDLERS[method], asyncio.Semaphore(7)).stream_unary
+    handle = rpc._unary(app.service, rpc._HANDLERS[method], Turns(7, 7)).stream_unary
     codes = Counter()
 
     async def each(i: int) -> None:
@@ -300,7 +301,7 @@ def test_a_network_that_fails_is_told_as_internal(place, monkeypatch):
         raise RuntimeError("what it holds is for nobody")
 
     monkeypatch.setattr(app.service.repository.find("toy", None).batcher, "_network", fails)
-    handle = rpc._unary(app.service, rpc._HANDLERS["ModelInfer"], asyncio.Semaphore(7)).stream_unary
+    handle = rpc._unary(app.service, rpc._HANDLERS["ModelInfer"], Turns(7, 7)).stream_unary
     context = Context(message(1))
     with pytest.raises(Ended):
         asyncio.run(handle(None, context))
@@ -309,7 +310,7 @@ def test_a_network_that_fails_is_told_as_internal(place, monkeypatch):
 
 def test_harmless_parameters_of_a_message_have_no_effect(place):
     _, app = place
-    handle = rpc._unary(app.service, rpc._HANDLERS["ModelInfer"], asyncio.Semaphore(7)).stream_unary
+    handle = rpc._unary(app.service, rpc._HANDLERS["ModelInfer"], Turns(7, 7)).stream_unary
     asked = messages.ModelInferRequest.FromString(message(1))
     for where in (asked.parameters, asked.inputs[0].parameters):
         for name in ("binary_data", "binary_data_output", "priority", "timeout"):

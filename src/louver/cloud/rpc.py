@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from louver.cloud import inference_pb2 as messages
 from louver.cloud.app import EXTENSIONS
 from louver.cloud.certificates import Certificates
+from louver.cloud.clients import ANYONE
 from louver.cloud.heads import MOST_HEAD_BYTES
 from louver.cloud.models import FEATURE, SCORES, Model
 from louver.cloud.protocol import MOST_ID, Call, check_feature, check_rows, model_metadata, tensor_bytes
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.service import GONE, Request, Service
 from louver.cloud.settings import Limits
+from louver.cloud.tokens import Client
+from louver.cloud.turns import Turns
 from louver.cloud.within import Within
 from louver.errors import ConfigError
 
@@ -66,8 +69,8 @@ _STRANGERS = 4
 """Messages that are read at a time for those who were not asked for a token."""
 
 Context = Any  # grpc.aio.ServicerContext, which has no types
-Read = Callable[[], Awaitable[bytes]]
-"""The message of a call, once it is there.
+Read = Callable[[Client], Awaitable[bytes]]
+"""The message of a call of this client, once it is there.
 
 Raises:
     Refusal: 408 it took too long, 503 too many others did, 400 there is none.
@@ -113,8 +116,9 @@ def create_rpc_server(
     ]
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=connections)
     # The library gathers a message whole before anybody may look at it, and takes twice its size for that.
-    known = asyncio.Semaphore(max(1, limits.held_bytes // (2 * most_bytes)))
-    strangers = asyncio.Semaphore(_STRANGERS)
+    count = max(1, limits.held_bytes // (2 * most_bytes))
+    known = Turns(count, max(1, count // 4) if service.clients is not None else count)
+    strangers = Turns(_STRANGERS, _STRANGERS)
     handlers = {
         name: _unary(service, handler, known if handler in _FOR_TOKENS else strangers)
         for name, handler in _HANDLERS.items()
@@ -136,10 +140,10 @@ def _ms(seconds: float) -> int:
     return min(2**31 - 1, max(1, int(1000 * seconds)))
 
 
-def _unary(service: Service, handler: Handler, turns: asyncio.Semaphore) -> Any:  # noqa: ANN401 - grpc has no types
+def _unary(service: Service, handler: Handler, turns: Turns) -> Any:  # noqa: ANN401 - grpc has no types
     async def handle(_: object, context: Context) -> bytes:
-        async def read() -> bytes:
-            return await _message(context, turns, service.settings.limits.body_s)
+        async def read(client: Client) -> bytes:
+            return await _message(context, turns, client, service.settings.limits.body_s)
 
         try:
             return await handler(service, read, context)
@@ -154,12 +158,12 @@ def _unary(service: Service, handler: Handler, turns: asyncio.Semaphore) -> Any:
     return grpc.stream_unary_rpc_method_handler(handle)
 
 
-async def _message(context: Context, turns: asyncio.Semaphore, within_s: float) -> bytes:
+async def _message(context: Context, turns: Turns, client: Client, within_s: float) -> bytes:
     """The message of a call, read when it is its turn."""
     is_its_turn = False
     try:
         with Within(within_s):
-            async with turns:
+            async with turns.share_of(client), turns.all:
                 is_its_turn = True
                 content = await context.read()
     except TimeoutError as error:
@@ -199,7 +203,7 @@ async def _ready(service: Service, read: Read, context: Context) -> bytes:
 
 
 async def _model_ready(service: Service, read: Read, context: Context) -> bytes:
-    asked = _parsed(messages.ModelReadyRequest, await read())
+    asked = _parsed(messages.ModelReadyRequest, await read(ANYONE))
     try:
         service.repository.find(asked.name, asked.version)
     except Refusal:
@@ -214,8 +218,8 @@ async def _server(service: Service, read: Read, context: Context) -> bytes:
 
 
 async def _model(service: Service, read: Read, context: Context) -> bytes:
-    service.identify(_authorization(context))
-    asked = _parsed(messages.ModelMetadataRequest, await read())
+    client = service.identify(_authorization(context))
+    asked = _parsed(messages.ModelMetadataRequest, await read(client))
     served = service.repository.find(asked.name, asked.version)
     versions = [one.model.version for one in service.repository.current if one.model.name == asked.name]
     return _dump(messages.ModelMetadataResponse(**model_metadata(served.model, versions)))
@@ -226,8 +230,7 @@ async def _infer(service: Service, read: Read, context: Context) -> bytes:
     if service.traces is not None:
         request.traceparent = _metadata(context, "traceparent")
     try:
-        await service.admit(request, _authorization(context))
-        content = await read()
+        content = await read(await service.admit(request, _authorization(context)))
         request.n_bytes = len(content)
         service.hold(request, 2 * len(content))  # the message, and what is parsed of it
         parts = _parts(content)

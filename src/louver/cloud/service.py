@@ -143,18 +143,19 @@ class Service:
         self._n_open += 1
         return Request(protocol)
 
-    async def admit(self, request: Request, authorization: bytes | None) -> None:
+    async def admit(self, request: Request, authorization: bytes | None) -> Client:
         """Who asks, and whether now: all that can be refused before anything else is read.
 
         Raises:
             Refusal: 401, 429, and 503 where rates are kept elsewhere and cannot be asked for.
         """
-        request.client = self.identify(authorization)
+        request.client = client = self.identify(authorization)
         if self._common is not None:
-            if request.client.requests_per_s is not None:
-                await self._common.admit(request.client)
+            if client.requests_per_s is not None:
+                await self._common.admit(client)
         elif self.clients is not None:
-            self.clients.admit(request.client)
+            self.clients.admit(client)
+        return client
 
     def hold(self, request: Request, n_bytes: int) -> None:
         """Counts bytes that are in memory for a request; whoever handles it takes them off at its end.
