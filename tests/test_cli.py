@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
 import torch
 
 from louver import cli
-from louver.config import read_experiment
+from louver.config import Experiment, read_experiment
 
 ROOT = Path(__file__).parents[1]
 TABLE = {
@@ -254,6 +255,47 @@ def test_sigterm_ends_it_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, capsys:
     assert ended.value.code == 130
     assert ended_in_order == [True]
     assert "--resume" in capsys.readouterr().err
+
+
+def test_the_demo_ends_in_service(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "demo.toml").write_text(tomli_w.dumps({**TABLE, "name": "demo"}))
+    small = read_experiment(here / "demo.toml")
+
+    def read(path: Path, **options: Any) -> Experiment:
+        return small if path.name == "demo.toml" else read_experiment(path, **options)
+
+    monkeypatch.setattr("louver.config.read_experiment", read)
+    before = here / "runs/demo/bundle/of-a-demo-before"
+    before.parent.mkdir(parents=True)
+    before.touch()
+    (here / "runs/demo/config.toml").write_bytes((here / "demo.toml").read_bytes())
+    assert louver(monkeypatch, "demo", "--threads", "1") == 0
+    told = capsys.readouterr().out
+    manifest = json.loads((here / "runs/demo/bundle/manifest.json").read_text())
+    assert not before.exists()
+    assert f"bundle demo, id {manifest['id']}" in told
+    assert "in service on this machine, 20 test images, one request each:" in told
+    for keep in ("other/config.toml", "other/bundle/manifest.json"):
+        (here / keep).parent.mkdir(exist_ok=True, parents=True)
+        (here / keep).write_text((here / "toy.toml").read_text())
+    assert louver(monkeypatch, "demo", "--out", "other") == 2
+    assert "something else than a demo" in capsys.readouterr().err
+    assert (here / "other/bundle/manifest.json").is_file()
+
+    export = ("export", "runs/demo", "--cut", "stage1", "--no-audit", "--threads", "1", "--out")
+    (here / "file").touch()
+    assert louver(monkeypatch, *export, "b", "--triton", "file") == 2
+    assert "name another folder" in capsys.readouterr().err
+    assert not (here / "b").exists()  # found out before the work
+    assert louver(monkeypatch, *export, "b", "--triton", "models") == 0
+    (model,) = (here / "models").iterdir()
+    assert (model / "1/model.onnx").read_bytes() == (here / "b/cloud.onnx").read_bytes()
+    monkeypatch.chdir(here / "models" / model.name / "1")
+    (here / "models" / model.name / "1/model.onnx").unlink()
+    assert louver(monkeypatch, "export", str(here / "runs/demo"), "--out", ".") == 2
+    assert "which is where you are" in capsys.readouterr().err
 
 
 def test_demo_is_an_experiment_that_can_be_read() -> None:

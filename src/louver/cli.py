@@ -229,6 +229,10 @@ def demo(
         from louver.types import share_of
     with as_file(files("louver") / "demo.toml") as path:
         experiment = read_experiment(path)
+        config = out / "config.toml"
+        is_own = config.is_file() and read_experiment(config).name == experiment.name
+        if out.is_dir() and any(out.iterdir()) and not is_own:
+            raise ConfigError(f"{out} holds something else than a demo; choose another folder with --out")
     set_threads(threads)
     chosen = device_named(device)
     folder, cut = out / "bundle", experiment.audit.cuts[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +52,7 @@ def export(
     """Write both halves of a run's split as ONNX graphs that device and server run, and audit what will be sent."""
     with lab():
         from louver.exporting import ExportOptions, export_run
+        from louver.storage import refusals
         from louver.triton import write_triton
     set_threads(threads)
     options = ExportOptions(
@@ -64,6 +66,10 @@ def export(
         seed=seed,
     )
     chosen = device_named(device)
+    if triton is not None:
+        with refusals(triton, then="name another folder"):  # found out before the work and not after it
+            triton.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=triton).close()
     with progress_shown() as tell, redirect_stdout(sys.stderr):
         bundle = export_run(
             run, out, name=name, cut=cut, options=options, has_audit=audited, device=chosen, progress=tell

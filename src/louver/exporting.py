@@ -121,6 +121,8 @@ def export_run(
     tell = progress or (lambda what, fraction: None)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is in use; choose another folder, or remove it first")
+    if folder.resolve() == Path.cwd():
+        raise ConfigError(f"expected a new folder for the bundle, got {folder}, which is where you are; name another")
     tell("reading the run", 0.0)
     run = load_run(run_folder, cut=cut)
     with _growing(folder) as made:

@@ -54,7 +54,7 @@ def write_triton(bundle: Bundle, folder: Path, *, max_batch: int = 32, max_delay
         delay=max_delay_us,
         id=bundle.id,
     )
-    with refusals(model):
+    with refusals(model, then="free space, or name another folder; the bundle itself is whole"):
         try:
             write_bytes(model / "1" / "model.onnx", content)
             # Last: without it Triton sees no model.
