@@ -8,13 +8,13 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 
 import grpc
 import pytest
 
 from bundles import toy_bundle
+from frames import DATA, HEADERS, PING, connected, frame, head
 from louver.cloud import inference_pb2 as messages
 from louver.cloud.tokens import Client, add_client
 from louver.cloud.turns import Turns
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.timeout(120)
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 LIVE = "/inference.GRPCInferenceService/ServerLive"
-DATA, HEADERS, SETTINGS, PING = 0, 1, 4, 6
 
 
 def message(rows: int) -> bytes:
@@ -56,31 +55,6 @@ def refused(server: Running, method: str, *, token: str | None = None) -> tuple[
             channel.stream_unary(method)(sends(), metadata=metadata, timeout=20)
         never.set()
     return error.value, time.monotonic() - started
-
-
-# HTTP/2 by hand: a library would do what it should
-
-
-def frame(kind: int, flags: int, stream: int, content: bytes = b"") -> bytes:
-    return struct.pack(">I", len(content))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + content
-
-
-def head(path: str) -> bytes:
-    def field(name: str, value: str) -> bytes:
-        return b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-
-    fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
-    return b"".join(field(*one) for one in {**fields, "content-type": "application/grpc"}.items())
-
-
-@contextmanager
-def connected(server: Running, *, window: int = 65_535) -> Iterator[socket.socket]:
-    """A connection on which each answer is given `window` bytes, and no more."""
-    host, _, port = server.told["grpc"].rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as one:
-        settings = frame(SETTINGS, 0, 0, struct.pack(">HI", 4, window))
-        one.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + frame(SETTINGS, 1, 0))
-        yield one
 
 
 def seconds_until_closed(one: socket.socket) -> float:

@@ -68,6 +68,9 @@ _STREAMS = 128
 _STRANGERS = 4
 """Messages that are read at a time for those who were not asked for a token."""
 
+_TAKEN_S = 1.0
+"""For a client to take the last answer of a stream: once an error ends it, some libraries hand on nothing more."""
+
 Context = Any  # grpc.aio.ServicerContext, which has no types
 Read = Callable[[Client], Awaitable[bytes]]
 """The message of a call of this client, once it is there.
@@ -117,12 +120,14 @@ def create_rpc_server(
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=connections)
     # The library gathers a message whole before anybody may look at it, and takes twice its size for that.
     count = max(1, limits.held_bytes // (2 * most_bytes))
-    known = Turns(count, max(1, count // 4) if service.clients is not None else count)
-    strangers = Turns(_STRANGERS, _STRANGERS)
+    share = max(1, count // 4) if service.clients is not None else count
+    known, strangers = Turns(count, share), Turns(_STRANGERS, _STRANGERS)
     handlers = {
         name: _unary(service, handler, known if handler in _FOR_TOKENS else strangers)
         for name, handler in _HANDLERS.items()
     }
+    # A stream may be silent for long, so its messages take no turns from others.
+    handlers["ModelStreamInfer"] = _streaming(service, Turns(count, share))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     try:
         if certificates is None:
@@ -148,14 +153,28 @@ def _unary(service: Service, handler: Handler, turns: Turns) -> Any:  # noqa: AN
         try:
             return await handler(service, read, context)
         except Refusal as refusal:
-            trailers = []
-            if refusal.retry_after_s is not None:
-                trailers.append(("grpc-retry-pushback-ms", str(int(1000 * refusal.retry_after_s))))
-            status = _STATUS.get(refusal.status, grpc.StatusCode.INTERNAL)
-            await context.abort(status, refusal.reason, tuple(trailers))
+            await _refuse(context, refusal)
             raise
 
     return grpc.stream_unary_rpc_method_handler(handle)
+
+
+def _streaming(service: Service, places: Turns) -> Any:  # noqa: ANN401 - grpc has no types
+    async def handle(_: object, context: Context) -> None:
+        try:
+            await _stream(service, places, context)
+        except Refusal as refusal:
+            await _refuse(context, refusal)
+
+    return grpc.stream_stream_rpc_method_handler(handle)
+
+
+async def _refuse(context: Context, refusal: Refusal) -> None:
+    trailers = []
+    if refusal.retry_after_s is not None:
+        trailers.append(("grpc-retry-pushback-ms", str(int(1000 * refusal.retry_after_s))))
+    status = _STATUS.get(refusal.status, grpc.StatusCode.INTERNAL)
+    await context.abort(status, refusal.reason, tuple(trailers))
 
 
 async def _message(context: Context, turns: Turns, client: Client, within_s: float) -> bytes:
@@ -259,6 +278,67 @@ async def _infer(service: Service, read: Read, context: Context) -> bytes:
         raise
     finally:
         service.ended(request)
+
+
+async def _stream(service: Service, places: Turns, context: Context) -> None:
+    """Answers the messages of a stream, one after another, as if each had come alone.
+
+    Raises:
+        Refusal: it ends: 401, 408 the next message or the taking of an answer took too long, 503 too many streams, or
+            the server is about to end.
+    """
+    limits = service.settings.limits
+    client = service.identify(_authorization(context))
+    share = places.share_of(client)
+    if share.locked() or places.all.locked():
+        raise Refusal(503, "too many streams at once", retry_after_s=1.0)
+    async with share, places.all:
+        # Not with the first answer: where that is not taken, the end of the stream could not be sent either.
+        await context.send_initial_metadata(())
+        while not service.is_draining:
+            try:
+                with Within(limits.body_s):
+                    content = await context.read()
+                if content is grpc.aio.EOF:
+                    return
+                answer = await _answer_in_stream(service, content, context)
+                with Within(limits.answer_s):
+                    await context.write(answer)
+            except TimeoutError as error:
+                raise Refusal(408, "the next message, or the taking of an answer, took too long") from error
+    await asyncio.sleep(_TAKEN_S)
+    raise Refusal(503, "the server is about to end", retry_after_s=1.0)
+
+
+async def _answer_in_stream(service: Service, content: bytes, context: Context) -> bytes:
+    """The answer to one message of a stream, or why there is none.
+
+    Raises:
+        Refusal: 401, from whom no further message is read.
+    """
+
+    async def read(client: Client) -> bytes:
+        return content
+
+    found = messages.ModelStreamInferResponse()
+    answer = found.infer_response
+    try:
+        answer.ParseFromString(await _infer(service, read, context))
+        answer.parameters["triton_final_response"].bool_param = True
+    except Refusal as refusal:
+        if refusal.status == 401:
+            raise
+        found.error_message, answer.id = refusal.reason, _id_of(content)
+    return _dump(found)
+
+
+def _id_of(content: bytes) -> str:
+    """The id in a message that was refused; none if it cannot be told."""
+    try:
+        fields = dict(_long_fields(memoryview(content), _LONG_FIELDS[-1]))
+        return bytes(fields.get(_ID_TAG, b""))[:MOST_ID].decode()
+    except (Refusal, UnicodeDecodeError):
+        return ""
 
 
 def _known_call(service: Service, request: Request, parts: tuple[bytes, bytes, memoryview]) -> Call | None:
