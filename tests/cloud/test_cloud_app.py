@@ -128,9 +128,10 @@ def test_bytes_are_asked_for_by_output_or_by_request(place):
 
 def test_parameters_that_some_clients_send_have_no_effect(place):
     feature, more = features(2), {"priority": 9, "timeout": 1}
+    own = {"sequence_id": "a", "sequence_start": True, "sequence_end": False, "mine": 1.5}
     head = head_of(feature, parameters={"binary_data_size": feature.nbytes, **more})
     head["outputs"][0]["parameters"] |= more
-    found = place.ask(infer_path(place.toy), *binary({**head, "parameters": more}, feature.tobytes()))
+    found = place.ask(infer_path(place.toy), *binary({**head, "parameters": more | own}, feature.tobytes()))
     np.testing.assert_allclose(found.scores, truth(place.toy, feature), rtol=1e-5, atol=1e-5)
 
 
@@ -231,6 +232,12 @@ WRONG = {
     "an unknown key of the input": (of(more=1), 400, "unknown key"),
     "an unknown parameter": (of(parameters={"shared_memory_region": "x"}), 400, "does not support"),
     "parameters that are no object": (of(parameters=[]), 400, "an object"),
+    "a parameter of Triton": (binary({**GOOD, "parameters": {"triton_x": 1}}, ONE.tobytes()), 400, "does not support"),
+    "a parameter that is a list": (
+        binary({**GOOD, "parameters": {"mine": [1]}}, ONE.tobytes()),
+        400,
+        "does not support",
+    ),
     "a size of text": (of(parameters={"binary_data_size": "160"}), 400, "to be int"),
     "a size of truth": (of(parameters={"binary_data_size": True}), 400, "to be int"),
     "a size of less": (of(parameters={"binary_data_size": 159}), 400, "expected binary_data_size 160"),

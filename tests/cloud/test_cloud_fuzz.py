@@ -315,9 +315,17 @@ def test_harmless_parameters_of_a_message_have_no_effect(place):
     for where in (asked.parameters, asked.inputs[0].parameters):
         for name in ("binary_data", "binary_data_output", "priority", "timeout"):
             where[name].int64_param = 7
+    asked.parameters["sequence_id"].string_param = asked.parameters["mine"].string_param = "7"
+    asked.parameters["sequence_start"].bool_param = True
+    asked.parameters["triton_enable_empty_final_response"].bool_param = True
     found = asyncio.run(handle(None, Context(asked.SerializeToString())))
     without = asyncio.run(handle(None, Context(message(1))))
     assert found == without
+    asked.parameters["triton_something"].bool_param = True
+    context = Context(asked.SerializeToString())
+    with pytest.raises(Ended):
+        asyncio.run(handle(None, context))
+    assert "'triton_something'" in context.told[1]
 
 
 def test_messages_over_a_connection(place):

@@ -31,6 +31,7 @@ __all__ = [
     "answer_call",
     "check_feature",
     "check_rows",
+    "is_own",
     "model_metadata",
     "read_call",
     "tensor_bytes",
@@ -96,7 +97,7 @@ def read_call(
     call_id = content.get("id", "")
     if not isinstance(call_id, str) or len(call_id) > MOST_ID:
         raise Refusal(400, f"expected id to be a string of at most {MOST_ID} signs")
-    wants = _parameters(content, "the request", {"binary_data_output": bool})
+    wants = _parameters(content, "the request", {"binary_data_output": bool}, has_own=True)
     tensor = _one(content.get("inputs"), "inputs", FEATURE)
     _only(tensor, "the input", {"name", "shape", "datatype", "parameters", "data"})
     rows = check_rows(model, tensor.get("datatype"), tensor.get("shape"), limits)
@@ -232,7 +233,14 @@ def _one(tensors: object, what: str, name: str) -> dict[str, Any]:
     return found
 
 
-def _parameters(content: Mapping[str, Any], what: str, known: Mapping[str, type]) -> dict[str, Any]:
+def is_own(key: str) -> bool:
+    """Whether a parameter of a request is one of its client, or for models with sequences: it changes nothing here."""
+    return not key.startswith("triton_")
+
+
+def _parameters(
+    content: Mapping[str, Any], what: str, known: Mapping[str, type], *, has_own: bool = False
+) -> dict[str, Any]:
     found = content.get("parameters", {})
     if not isinstance(found, dict):
         raise Refusal(400, f"expected the parameters of {what} to be an object")
@@ -240,6 +248,8 @@ def _parameters(content: Mapping[str, Any], what: str, known: Mapping[str, type]
         if key in _HARMLESS:
             continue
         if key not in known:
+            if has_own and is_own(key) and isinstance(value, bool | int | float | str):
+                continue
             raise Refusal(400, f"{what} has a parameter {shown(key)} that this server does not support")
         if type(value) is not known[key]:
             raise Refusal(400, f"expected parameter {key} of {what} to be {known[key].__name__}")

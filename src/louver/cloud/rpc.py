@@ -8,7 +8,7 @@ is called before the message is there. So whoever holds no token sends none, and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from functools import lru_cache, partial
 from importlib.metadata import version as version_of
 from typing import Any
@@ -24,7 +24,7 @@ from louver.cloud.certificates import Certificates
 from louver.cloud.clients import ANYONE
 from louver.cloud.heads import MOST_HEAD_BYTES
 from louver.cloud.models import FEATURE, SCORES, Model
-from louver.cloud.protocol import MOST_ID, Call, check_feature, check_rows, model_metadata, tensor_bytes
+from louver.cloud.protocol import MOST_ID, Call, check_feature, check_rows, is_own, model_metadata, tensor_bytes
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.service import GONE, Request, Service
 from louver.cloud.settings import Limits
@@ -60,6 +60,7 @@ _MOST_FIELDS = 64
 _LONG_FIELDS = (frozenset((0x2A, 0x3A)), frozenset((0x2A,)), frozenset(range(0x0A, 0x43, 8)))
 """What may be long in a message, in its inputs, and in their contents. There it is numbers or bytes, quick to parse."""
 
+_HARMLESS = ("binary_data", "binary_data_output", "priority", "timeout", "triton_enable_empty_final_response")
 _STEP = 2**14
 
 _STREAMS = 128
@@ -476,12 +477,9 @@ def _read_call(asked: Any, model: Model, limits: Limits) -> Call:  # noqa: ANN40
         names = shown([one.name for one in asked.outputs[:3]])
         raise Refusal(400, f"expected outputs to hold {SCORES} and nothing else, got {names}")
     tensor = asked.inputs[0]
-    for what, parameters in (
-        ("the request", asked.parameters),
-        ("the input", tensor.parameters),
-        *(("the output", one.parameters) for one in asked.outputs),
-    ):
-        _check_parameters(what, parameters)
+    _check_parameters("the request", (key for key in asked.parameters if not is_own(key)))
+    for what, one in (("the input", tensor), *(("the output", one) for one in asked.outputs)):
+        _check_parameters(what, one.parameters)
     rows = check_rows(model, tensor.datatype, list(tensor.shape), limits)
     filled = [field.name for field, _ in tensor.contents.ListFields()]
     if asked.raw_input_contents:
@@ -494,9 +492,9 @@ def _read_call(asked: Any, model: Model, limits: Limits) -> Call:  # noqa: ANN40
     return Call(id=asked.id, feature=feature, is_binary=bool(asked.raw_input_contents))
 
 
-def _check_parameters(what: str, parameters: Mapping[str, Any]) -> None:
-    for key in parameters:
-        if key not in ("binary_data", "binary_data_output", "priority", "timeout"):
+def _check_parameters(what: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        if key not in _HARMLESS:
             raise Refusal(400, f"{what} has a parameter {shown(key)} that this server does not support")
 
 
