@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -26,6 +27,8 @@ __all__ = ["run"]
 _INTERRUPTED = 130
 _MOST_TOKEN_BYTES = 2**13
 _TOKEN_VARIABLE = "LOUVER_TOKEN"
+_printing = Lock()
+"""What had waited is printed by a thread of its own."""
 
 
 def run(
@@ -124,6 +127,8 @@ def _work(edge: Edge, sources: list[str], *, batch: int, as_json: bool) -> None:
             yield np.stack([image for _, image in chunk])
 
     _flush(edge, as_json=as_json)
+    if sources and edge.policy == "queue":  # of which a camera may be one, that does not end
+        edge.send_in_background(lambda late: _print_late(late, as_json=as_json))
     with closing(edge.infer_many(batches())) as answers:
         for answer in answers:
             _print_answer(names.popleft(), answer, as_json=as_json)
@@ -161,22 +166,22 @@ def _print_answer(names: list[str], answer: Answer, *, as_json: bool) -> None:
                 "sent_bytes": answer.sent_bytes,
                 "n_images": len(names),
             }
-            _print({"image": name, **found, **shared})
+            _print(json.dumps({"image": name, **found, **shared}))
             continue
         what = f"waits as {answer.request_id}" if answer.scores is None else _words(found)
         mark = " (degraded)" if answer.is_degraded else ""
         of = f" for {len(names)} images" if len(names) > 1 else ""
         times = f"edge {answer.edge_ms:.1f} ms, wire {answer.wire_ms:.1f} ms, {answer.sent_bytes} B sent{of}"
-        print(f"{name}: {what}{mark}; {times}", flush=True)
+        _print(f"{name}: {what}{mark}; {times}")
 
 
 def _print_late(late: Delivery, *, as_json: bool) -> None:
     for i in range(len(late.scores)):
         found = _found(late, i)
         if as_json:
-            _print({"request": late.request_id, "index": i, **found, "source": "cloud"})
+            _print(json.dumps({"request": late.request_id, "index": i, **found, "source": "cloud"}))
         else:
-            print(f"{late.request_id}[{i}]: {_words(found)}; had waited", flush=True)
+            _print(f"{late.request_id}[{i}]: {_words(found)}; had waited")
 
 
 def _found(answer: Answer | Delivery, i: int) -> dict[str, Any]:
@@ -201,9 +206,10 @@ def _printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _print(line: dict[str, Any]) -> None:
+def _print(line: str) -> None:
     # Line by line: who reads along must not wait for a full buffer, and what was delivered must be out.
-    print(json.dumps(line), flush=True)
+    with _printing:
+        print(line, flush=True)
 
 
 def _tell(text: str) -> None:

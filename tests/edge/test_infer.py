@@ -387,6 +387,11 @@ def test_one_more_than_the_bound_waits_and_is_then_refused(cloud: Cloud) -> None
         assert first.result().scores is not None
         assert len(cloud.seen) == 1
         assert edge.infer(pictures(1)).scores is not None
+        first = pool.submit(edge.infer, pictures(1))
+        while len(cloud.seen) < 3:
+            time.sleep(0.005)
+        assert len(list(edge.infer_many([pictures(1)]))) == 1  # a source is slowed instead
+        assert first.result().scores is not None
 
 
 # When the cloud is away

@@ -114,6 +114,23 @@ def test_a_thread_sends_what_waits_once_the_cloud_is_back(tmp_path: Path, cloud:
     assert len(cloud.seen) == n_seen
 
 
+def test_closed_while_it_sends_the_thread_keeps_the_rest_and_complains_of_nothing(
+    tmp_path: Path, cloud: Cloud, caplog: pytest.LogCaptureFixture
+) -> None:
+    late: list[str] = []
+    with Edge(cloud.bundle, server=cloud.address, policy="queue", settings=options(tmp_path)) as edge:
+        cloud.always = status(503)
+        waiting = [edge.infer(pictures(seed=i)).request_id for i in range(3)]
+        cloud.always = slow(0.2)
+        cloud.seen.clear()
+        edge.send_in_background(lambda one: late.append(one.request_id), every_s=0.01)
+        while not cloud.seen:
+            time.sleep(0.005)
+    assert late == waiting[:1]
+    assert [one.id for one in held(cloud.bundle, options(tmp_path))] == waiting[1:]
+    assert caplog.messages == []
+
+
 def test_an_entry_stays_until_its_answer_was_taken(tmp_path: Path, cloud: Cloud) -> None:
     taken: list[str] = []
 

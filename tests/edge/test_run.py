@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +25,7 @@ import louver
 from bundles import IMAGE, N_SCORES, toy_bundle
 from clouds import Cloud, answer, slow, status
 from louver import cli
+from louver.bundle import Bundle
 from louver.edge.sources import SUFFIXES, images_from
 from louver.errors import DataError, MissingExtraError
 
@@ -301,11 +307,14 @@ def camera(*words: object, n_frames: int, every_s: float = 0.0, before: str = ""
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+    limit = threading.Timer(60, process.kill)
+    limit.start()
     with process:
         try:
             yield process
         finally:
             process.kill()
+            limit.cancel()
 
 
 def test_a_camera_that_waits_for_its_trigger_withholds_no_answer(cloud: Cloud) -> None:
@@ -315,6 +324,69 @@ def test_a_camera_that_waits_for_its_trigger_withholds_no_answer(cloud: Cloud) -
         process.send_signal(signal.SIGINT)
         rest, error = process.communicate(timeout=30)
     assert (process.returncode, rest, error.strip()) == (130, "", "interrupted")
+
+
+QUICK_BREAKER = """
+import functools, louver.edge
+louver.edge.Settings = functools.partial(louver.edge.Settings, backoff_s=0.01, breaker_pause_s=0.1)
+"""
+
+
+def test_what_waits_is_sent_while_the_camera_goes_on(tmp_path: Path, bundle: Bundle) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    words = (bundle.folder, "--server", f"http://127.0.0.1:{port}", "--policy", "queue", "--queue", tmp_path / "q")
+    found: list[dict] = []
+
+    def ids(source: str, *, has_image: bool) -> list[str]:
+        return [one["request"] for one in found if one["source"] == source and ("image" in one) == has_image]
+
+    with camera(*words, "--json", n_frames=10**9, every_s=0.02, before=QUICK_BREAKER) as process:
+
+        def read_until(is_enough: Callable[[], bool]) -> None:
+            while not is_enough():
+                found.append(json.loads(process.stdout.readline()))
+
+        read_until(lambda: len(ids("queue", has_image=True)) == 5)
+        with Cloud(bundle, port=port) as cloud:
+            read_until(lambda: len(ids("cloud", has_image=False)) == len(ids("queue", has_image=True)))
+            read_until(lambda: found[-1]["source"] == "cloud" and "image" in found[-1])
+            cloud.always = status(503)
+            n_queued = len(ids("queue", has_image=True))
+            read_until(lambda: len(ids("queue", has_image=True)) > n_queued + 2)
+            process.send_signal(signal.SIGINT)
+            rest, error = process.communicate(timeout=30)
+            found += map(json.loads, rest.splitlines())
+            assert process.returncode == 130
+            assert "Traceback" not in error
+            cloud.always = answer
+            done = subprocess.run(
+                [*COMMAND, *map(str, words), "--json"], capture_output=True, text=True, check=True, timeout=60
+            )
+            last = [json.loads(line) for line in done.stdout.splitlines()]
+            assert error.splitlines()[-1] == f"interrupted; {len(last)} requests wait in {tmp_path / 'q'}"
+            found += last
+    queued, late = ids("queue", has_image=True), ids("cloud", has_image=False)
+    assert [one for one in late if one in queued] == queued
+    assert len(set(late)) == len(late) <= len(queued) + 5  # those under way when it was interrupted
+    assert not set(late) & set(ids("cloud", has_image=True))
+    answered = [int(one["image"].removeprefix("camera[")[:-1]) for one in found if "image" in one]
+    assert answered == list(range(len(answered)))
+
+
+def test_lines_of_two_threads_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from louver.cli_edge import _print
+
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            time.sleep(0.002)
+            return super().write(text)
+
+    out = Slow()
+    monkeypatch.setattr(sys, "stdout", out)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(_print, ["line"] * 40))
+    assert out.getvalue() == "line\n" * 40
 
 
 def test_the_command_is_light(tmp_path: Path) -> None:

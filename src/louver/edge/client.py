@@ -319,7 +319,8 @@ class Edge:
                 try:
                     self.flush(sink)
                 except LouverError as error:
-                    _log.warning("what waits is kept: %s", error)
+                    if not self._closing.is_set():
+                        _log.warning("what waits is kept: %s", error)
             self._closing.wait(every_s)
 
     @contextmanager
@@ -330,21 +331,25 @@ class Edge:
         finally:
             self._slots.release()
 
-    def _take_slot(self) -> None:
-        if self._closing.is_set():
-            raise ConfigError("this edge is closed; open another")
-        if not self._slots.acquire(timeout=self.settings.slot_timeout_s):
-            raise BusyError(
-                f"expected at most {self.settings.most_in_flight} requests in flight, got one more for "
-                f"{self.settings.slot_timeout_s:g} s; send less, or raise most_in_flight"
-            )
+    def _take_slot(self, *, is_patient: bool = False) -> None:
+        while True:
+            if self._closing.is_set():
+                raise ConfigError("this edge is closed; open another")
+            if self._slots.acquire(timeout=self.settings.slot_timeout_s):
+                return
+            if not is_patient:
+                raise BusyError(
+                    f"expected at most {self.settings.most_in_flight} requests in flight, got one more for "
+                    f"{self.settings.slot_timeout_s:g} s; send less, or raise most_in_flight"
+                )
 
     def _submit(self, images: NDArray[np.float32]) -> Future[Answer]:
         """Computes the feature here and sends it in another thread; the slot is free when that ends."""
         with self._guard:
             if self._senders is None:
                 self._senders = ThreadPoolExecutor(self.settings.most_in_flight, thread_name_prefix="louver-edge")
-        self._take_slot()
+        # What waits is sent beside it: a source is slowed by that, and not ended.
+        self._take_slot(is_patient=True)
         try:
             prepared = self._prepare(images)
         except BaseException:
