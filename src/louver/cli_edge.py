@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -216,10 +217,12 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _token(path: Path | None) -> str | None:
+def _token(path: Path | None) -> str | Callable[[], str] | None:
     """The token in a file or the environment; on the command line every user of the machine could see it."""
-    if path is None:
-        return os.environ.get(_TOKEN_VARIABLE) or None
+    return (os.environ.get(_TOKEN_VARIABLE) or None) if path is None else partial(_read_token, path)
+
+
+def _read_token(path: Path) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_TOKEN_BYTES + 1)

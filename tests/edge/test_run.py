@@ -23,7 +23,7 @@ from PIL import Image
 
 import louver
 from bundles import IMAGE, N_SCORES, toy_bundle
-from clouds import Cloud, answer, slow, status
+from clouds import Cloud, Handler, Seen, answer, slow, status
 from louver import cli
 from louver.bundle import Bundle
 from louver.edge.sources import SUFFIXES, images_from
@@ -111,6 +111,23 @@ def test_the_token_comes_from_a_file_or_the_environment(
     assert "--token-file: cannot read" in capsys.readouterr().err
     assert run(monkeypatch, *base, "--token", "hush") == 2
     assert "No such option" in capsys.readouterr().err
+
+
+def test_a_token_that_changes_in_its_file_is_read_anew(
+    tmp_path: Path, photos: Path, cloud: Cloud, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("first")
+
+    def rotated(handler: Handler, seen: Seen) -> None:
+        token.write_text("second\n")
+        (answer if seen.headers["authorization"] == "Bearer second" else status(401))(handler, seen)
+
+    cloud.always = rotated
+    words = (cloud.bundle.folder, "--server", cloud.address, "--token-file", token)
+    assert run(monkeypatch, *words, photos / "b.png") == 0
+    assert "class " in capsys.readouterr().out
+    assert [seen.headers["authorization"] for seen in cloud.seen] == ["Bearer first", "Bearer second"]
 
 
 def test_what_waited_is_sent_by_the_next_run(

@@ -7,13 +7,28 @@ import socket
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bundles import IMAGE, N_SCORES, toy_bundle
-from clouds import LENGTH, Cloud, answer, answer_of, changed, raw, reset_after, silent, slow, status
+from clouds import (
+    LENGTH,
+    Behavior,
+    Cloud,
+    Handler,
+    Seen,
+    answer,
+    answer_of,
+    changed,
+    raw,
+    reset_after,
+    silent,
+    slow,
+    status,
+)
 from louver.bundle import Bundle
 from louver.edge import Edge, Settings
 from louver.edge.breaker import Breaker
@@ -376,6 +391,45 @@ def test_the_token_is_sent_and_never_shown(cloud: Cloud, caplog: pytest.LogCaptu
     shown += [record.getMessage() for record in caplog.records]
     assert any("POST" in one for one in shown)  # the log was listened to
     assert [one for one in shown if TOKEN in one or "2f6e9c" in one] == []
+
+
+def known(token: str) -> Behavior:
+    """A server that knows one token, and says back what it was given."""
+
+    def judge(handler: Handler, seen: Seen) -> None:
+        given = seen.headers["authorization"]
+        (answer if given == f"Bearer {token}" else status(401, f"unknown: {given}"))(handler, seen)
+
+    return judge
+
+
+def test_a_token_that_the_server_no_longer_knows_is_read_anew(cloud: Cloud, caplog: pytest.LogCaptureFixture) -> None:
+    there = ["hush-first"]
+    n_read: list[None] = []
+
+    def read() -> str:
+        n_read.append(None)
+        return there[-1]
+
+    cloud.always = known("hush-first")
+    with Edge(cloud.bundle, server=cloud.address, token=read, settings=Settings(**QUICK, tries=1)) as edge:
+        edge.infer(pictures())
+        cloud.always = known("hush-second")
+        with pytest.raises(CloudRefusedError, match="give the token that the server knows") as caught:
+            edge.infer(pictures())  # it is still the first that is there
+        assert (len(cloud.seen), len(n_read)) == (2, 2)
+        there.append("hush-second")
+        with ThreadPoolExecutor(6) as pool:
+            assert all(one.source == "cloud" for one in pool.map(edge.infer, [pictures()] * 6))
+        assert len(n_read) == 3
+        shown = [repr(vars(edge._transport)), repr(vars(edge._transport._credential)), str(caught.value)]
+        there.append("two words")
+        cloud.always = known("hush-third")
+        with pytest.raises(CloudRefusedError, match="HTTP 401") as caught:
+            edge.infer(pictures())
+        assert "no other can be read" in caplog.text
+        shown += [caplog.text, "".join(traceback.format_exception(caught.value))]
+        assert not any("hush" in text or "two words" in text for text in shown)
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\nend", "ключ", "a" * 5000, "a=b"])

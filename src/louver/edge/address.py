@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from urllib.parse import urlsplit
 
 from louver.edge.settings import Settings
 from louver.errors import ConfigError
 
-__all__ = ["Address", "Token", "address_of", "tls_context"]
+__all__ = ["Address", "Credential", "Token", "address_of", "tls_context"]
+
+_log = logging.getLogger("louver.edge")
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{1,4096}=*")
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
@@ -40,6 +45,33 @@ class Token:
     def hidden_in(self, text: str) -> str:
         """`text` without the token, should somebody have said it back."""
         return text.replace(self._text, "…")
+
+
+class Credential:
+    """The token that is sent, and where another comes from once the server knows it no longer."""
+
+    def __init__(self, source: str | Callable[[], str] | None) -> None:
+        self._read = source if callable(source) else None
+        text = source() if callable(source) else source
+        self.token = None if text is None else Token(text)
+        self._guard = Lock()
+
+    def other_than(self, refused: Token | None) -> Token | None:
+        """Another token than the one that was refused, if there is one by now."""
+        with self._guard:
+            if self.token is not refused:
+                return self.token
+            if refused is None or self._read is None:
+                return None
+            try:
+                found = Token(self._read())
+            except ConfigError as error:
+                _log.warning("the token was refused, and no other can be read: %s", error)
+                return None
+            if found.header() == refused.header():
+                return None
+            self.token = found
+            return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from louver.bundle import Bundle, read_bundle
-from louver.edge.address import Token
+from louver.edge.address import Credential
 from louver.edge.half import EdgeHalf, HeadHalf, checked_images
 from louver.edge.settings import Policy, Settings
 from louver.edge.transport import Transport
@@ -103,7 +103,8 @@ class _Prepared:
 class Edge:
     """The edge half of a bundle, connected to the server that runs the cloud half. Any thread may use it.
 
-    Use it as a context manager, or call `close`.
+    Use it as a context manager, or call `close`. A `token` that may change is given by a function: it is called once
+    more when the server does not know its token (HTTP 401), and where it gives another, the request is sent with that.
 
     Raises:
         BundleError: no bundle there, a changed byte, or without the head that policy "local" needs.
@@ -117,7 +118,7 @@ class Edge:
         bundle: Bundle | Path | str,
         *,
         server: str,
-        token: str | None = None,
+        token: str | Callable[[], str] | None = None,
         policy: Policy = "fail",
         settings: Settings | None = None,
     ) -> None:
@@ -137,7 +138,7 @@ class Edge:
         self.bundle, self.policy, self.settings = found, policy, settings
         self._edge = EdgeHalf(found, threads=settings.threads)
         self._head = HeadHalf(found, threads=settings.threads) if policy == "local" else None
-        self._transport = Transport(found, server, None if token is None else Token(token), settings)
+        self._transport = Transport(found, server, Credential(token), settings)
         self._outbox: Outbox | None = None
         if policy == "queue":
             from louver.edge.outbox import Outbox

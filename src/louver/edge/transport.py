@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from urllib3.exceptions import HTTPError, SSLError
 
 from louver.bundle import Bundle
-from louver.edge.address import Token, address_of, tls_context
+from louver.edge.address import Credential, Token, address_of, tls_context
 from louver.edge.breaker import Breaker
 from louver.edge.connections import pool_of, set_deadline
 from louver.edge.settings import Settings
@@ -50,13 +50,17 @@ class _BusyError(CloudAwayError):
         self.is_alive, self.retry_after_s = is_alive, retry_after_s
 
 
+class _UnknownTokenError(CloudRefusedError):
+    """The server does not know the token; by now there may be another."""
+
+
 class Transport:
     """What sends requests for `bundle` to `server`, from any thread."""
 
-    def __init__(self, bundle: Bundle, server: str, token: Token | None, settings: Settings) -> None:
-        self.address = address_of(server, settings, has_token=token is not None)
+    def __init__(self, bundle: Bundle, server: str, credential: Credential, settings: Settings) -> None:
+        self.address = address_of(server, settings, has_token=credential.token is not None)
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_pause_s)
-        self._bundle, self._token, self._settings = bundle, token, settings
+        self._bundle, self._credential, self._settings = bundle, credential, settings
         model = triton_name(bundle) if settings.is_triton else f"{bundle.name}/versions/{bundle.id}"
         self._path = f"{self.address.path}/v2/models/{model}/infer"
         self._closed = threading.Event()
@@ -99,9 +103,19 @@ class Transport:
         return random.uniform(0, min(settings.most_backoff_s, settings.backoff_s * 2 ** (n_try - 1)))
 
     def _try(self, request: Request, deadline: float) -> NDArray[np.float32]:
+        token = self._credential.token
+        try:
+            return self._try_with(token, request, deadline)
+        except _UnknownTokenError:
+            other = self._credential.other_than(token)
+            if other is None:
+                raise
+        return self._try_with(other, request, deadline)
+
+    def _try_with(self, token: Token | None, request: Request, deadline: float) -> NDArray[np.float32]:
         with self.breaker.attempt() as attempt:
             try:
-                scores = self._exchange(request, deadline)
+                scores = self._exchange(token, request, deadline)
             except CloudError as error:
                 # A server that refuses, or says when to come again, is alive.
                 if isinstance(error, CloudRefusedError) or (isinstance(error, _BusyError) and error.is_alive):
@@ -112,7 +126,7 @@ class Transport:
             attempt.worked()
             return scores
 
-    def _exchange(self, request: Request, deadline: float) -> NDArray[np.float32]:
+    def _exchange(self, token: Token | None, request: Request, deadline: float) -> NDArray[np.float32]:
         settings = self._settings
         left = max(deadline - time.monotonic(), 0.001)
         timeout = urllib3.Timeout(
@@ -124,7 +138,7 @@ class Transport:
                 "POST",
                 self._path,
                 body=cast("Iterator[bytes]", _pieces(request.body, deadline)),  # any buffer will do
-                headers=self._headers(request),
+                headers=_headers(token, request),
                 retries=False,
                 redirect=False,
                 timeout=timeout,
@@ -147,7 +161,7 @@ class Transport:
                 "server"
             ) from error
         if response.status != 200:
-            raise self._refusal(response, content)
+            raise self._refusal(response, _without(token, read_reason(content)))
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise AnswerError(
                 "the cloud's answer cannot be used: expected none but the identity encoding, which was asked for; "
@@ -156,28 +170,10 @@ class Transport:
         try:
             return read_scores(content, response.headers.get(HEADER_LENGTH), request, self._bundle)
         except AnswerError as error:
-            raise AnswerError(self._without_token(str(error))) from None  # whose cause would show it
+            raise AnswerError(_without(token, str(error))) from None  # whose cause would show it
 
-    def _headers(self, request: Request) -> dict[str, str]:
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "Content-Length": str(len(request.body)),
-            HEADER_LENGTH: str(request.header_length),
-            "Accept-Encoding": "identity",
-            "User-Agent": "louver",
-        }
-        if request.compression != "none":
-            headers["Content-Encoding"] = request.compression
-        if self._token is not None:
-            headers["Authorization"] = self._token.header()
-        return headers
-
-    def _without_token(self, text: str) -> str:
-        """What a server said, should it have said the token back."""
-        return text if self._token is None else self._token.hidden_in(text)
-
-    def _refusal(self, response: urllib3.BaseHTTPResponse, content: bytes) -> CloudError:
-        status, reason = response.status, self._without_token(read_reason(content))
+    def _refusal(self, response: urllib3.BaseHTTPResponse, reason: str) -> CloudError:
+        status = response.status
         if status in _BUSY:
             retry_after_s = _retry_after(response.headers.get("Retry-After"))
             return _BusyError(
@@ -187,7 +183,8 @@ class Transport:
             )
         if status in _HINTS or 400 <= status < 500:
             model = f"{self._bundle.name} version {self._bundle.id}"
-            return CloudRefusedError(
+            kind = _UnknownTokenError if status == 401 else CloudRefusedError
+            return kind(
                 f"{self.address} refuses a request for {model} (HTTP {status}: {reason}); "
                 f"{_HINTS.get(status, 'look at the server and what is between')}"
             )
@@ -206,6 +203,26 @@ class Transport:
                 "and key"
             )
         return CloudAwayError(f"no answer from {self.address}: TLS broke ({_cause(error).strip()}); look at the server")
+
+
+def _headers(token: Token | None, request: Request) -> dict[str, str]:
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Content-Length": str(len(request.body)),
+        HEADER_LENGTH: str(request.header_length),
+        "Accept-Encoding": "identity",
+        "User-Agent": "louver",
+    }
+    if request.compression != "none":
+        headers["Content-Encoding"] = request.compression
+    if token is not None:
+        headers["Authorization"] = token.header()
+    return headers
+
+
+def _without(token: Token | None, text: str) -> str:
+    """What a server said, should it have said the token back."""
+    return text if token is None else token.hidden_in(text)
 
 
 def _pieces(body: bytes, deadline: float) -> Iterator[memoryview]:
