@@ -100,6 +100,25 @@ def test_a_day_is_the_overlap_unless_another_is_named(run):
     assert 86390 < left.total_seconds() <= 86401
 
 
+@pytest.mark.parametrize("folder", [".", "/", "", "..", "folder"])
+def test_a_folder_where_a_file_belongs_is_said(run, tmp_path, folder):
+    toy_bundle(tmp_path / "b")
+    (tmp_path / "folder").mkdir()
+    run("token", "add", "a", "--file", "t.json")
+    before = sorted(tmp_path.rglob("*"))
+    for words in (
+        ("token", "add", "a", "--file", folder),
+        ("token", "rotate", "a", "--file", folder),
+        ("token", "remove", "a", "--file", folder),
+        ("token", "list", "--file", folder),
+        ("serve", "b", "--tokens", folder),
+        ("serve", "b", "--tokens", "t.json", "--budgets", folder),
+    ):
+        code, _, error = run(*words)
+        assert (code, "expected the name of a file, got the folder" in error) == (2, True), (words, error)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_what_cannot_be_served_is_said_before_anything_listens(run, tmp_path):
     toy_bundle(tmp_path / "b")
     for words, told in (

@@ -91,6 +91,7 @@ ROTATED = {**GOOD, "old_sha256": "1" * 64, "old_until": "2026-11-23T22:00:00Z"}
 WRONG = {
     "no JSON": (b"{", "not JSON"),
     "no text": (b"\xff", "not JSON"),
+    "too long": (b" " * (2**24 + 1), "at most 16777216 bytes"),
     "too deep": (b"[" * 100_000, "not JSON"),
     "a list": (b"[]", "expected"),
     "something else": ({"clients": [], "more": 1}, "nothing else"),

@@ -57,6 +57,7 @@ class Budgets:
     """The accounts in a file, which one server at a time may hold.
 
     Raises:
+        ConfigError: `path` is a folder.
         StorageError: the file is damaged or cannot be written, or another server holds it.
     """
 

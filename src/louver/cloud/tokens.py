@@ -103,11 +103,14 @@ def read_clients(path: Path) -> tuple[Client, ...]:
         ConfigError: no such file, or not as it must be. The message never holds a hash.
     """
     try:
+        _refuse_folder(path)
         if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(f"{path}: expected at most {_MOST_BYTES} bytes")
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; make it with `louver token add NAME --file {path}`") from error
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({type(error).__name__}); make it again with `louver token`") from error
     if not isinstance(content, dict) or not isinstance(content.get("clients"), list) or len(content) != 1:
@@ -214,16 +217,23 @@ def _write(path: Path, clients: Sequence[Client]) -> None:
     write_json(path, {"clients": known})
 
 
+def _refuse_folder(path: Path) -> None:
+    if not path.name or path.is_dir():
+        raise ConfigError(f"expected the name of a file, got the folder {path}")
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds the lock of a file against other processes. The lock is a file beside it, since that one is replaced.
 
     Raises:
         BlockingIOError: without `wait`, another process holds it.
+        ConfigError: `path` is a folder.
         StorageError: the folder cannot be written.
     """
-    beside = path.with_name(f".{path.name}.lock")
-    with refusals(beside):
+    with refusals(path):
+        _refuse_folder(path)
+        beside = path.with_name(f".{path.name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = beside.open("w")
     with file:
