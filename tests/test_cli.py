@@ -292,8 +292,8 @@ def test_the_demo_ends_in_service(
     assert louver(monkeypatch, *export, "b", "--triton", "models") == 0
     (model,) = (here / "models").iterdir()
     assert (model / "1/model.onnx").read_bytes() == (here / "b/cloud.onnx").read_bytes()
-    monkeypatch.chdir(here / "models" / model.name / "1")
-    (here / "models" / model.name / "1/model.onnx").unlink()
+    (model / "1/model.onnx").unlink()
+    monkeypatch.chdir(model / "1")
     assert louver(monkeypatch, "export", str(here / "runs/demo"), "--out", ".") == 2
     assert "which is where you are" in capsys.readouterr().err
 
