@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 import tomli_w
 import torch
 
-from louver import cli
+from louver import cli, cli_cloud
 from louver.config import Experiment, read_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +106,12 @@ def test_what_was_refused_leaves_no_run_and_an_old_verdict_does_not_outlive_its_
     capsys.readouterr()
     assert louver(monkeypatch, "report", "runs/toy") == 2
     assert "unfinished" in capsys.readouterr().err
+
+
+def test_every_command_has_json() -> None:
+    commands = [*cli.app.registered_commands, *cli_cloud.token.registered_commands]
+    assert len(commands) > 15
+    assert [one.callback for one in commands if "as_json" not in inspect.signature(one.callback).parameters] == []
 
 
 def test_a_network_that_prints_does_not_spoil_json(

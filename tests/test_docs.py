@@ -414,3 +414,36 @@ def test_what_is_told_of_privynets_choice_was_recorded():
     for cell in (undefended, chosen):
         few, some, many = (f"{row['accuracy']:.3f}" for row in cell["completion"])
         assert f"{few}, {some} and {many} on" in shown
+
+
+def test_what_the_main_example_finds_was_recorded():
+    found = json.loads((ROOT / "benchmarks/results/main_job.json").read_text(encoding="utf-8"))
+    ssim = {(row["cut"], row["attack"]): row for row in found["rows"] if row["measure"] == "ssim"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{found['minutes']:.1f} minutes" in readme
+    for cut in ("relu", "layer1", "layer2", "layer3"):
+        cells = [ssim[cut, attack] for attack in ("decoder", "likelihood")]
+        shown = [f"{one['mean']:.3f} [{one['interval'][0]:.3f}, {one['interval'][1]:.3f}]" for one in cells]
+        assert f"| {cut} | {shown[0]} | {shown[1]} |" in readme
+
+
+def test_what_is_told_of_speed_was_recorded():
+    """Ratios of the server, in the order in which they stand there."""
+    found = json.loads((ROOT / "benchmarks/results/serving.json").read_text(encoding="utf-8"))
+    small, large = found["overhead"]["64 KiB"], found["overhead"]["1 MiB"]
+    shown = []
+    for name, protocol in (("rest", "REST"), ("grpc", "gRPC")):
+        low, middle, high = small[f"{name} ratio of p50"]
+        shown.append(f"{protocol} {middle:.2f} [{low:.2f}, {high:.2f}]")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert ", ".join(shown) in readme
+    middle = [large[f"{name} ratio of p50"][1] for name in ("rest", "grpc")]
+    assert f"at 1 MiB {middle[0]:.2f} and {middle[1]:.2f}" in readme
+
+
+def test_the_request_of_the_protocol_is_as_long_as_it_says():
+    (text,) = (block.text for block in BLOCKS if "Inference-Header-Content-Length: " in block.text)
+    fields, _, body = text.partition("\n\n")
+    content = body.replace("\n", "")
+    assert int(re.search(r"Content-Length: (\d+)", fields)[1]) == len(content)
+    assert json.loads(content)["outputs"][0]["name"] == "scores"

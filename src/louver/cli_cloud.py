@@ -277,12 +277,16 @@ def token_rotate(
 
 
 @token.command("remove")
-def token_remove(name: Annotated[str, typer.Argument(help="Name of the client.")], file: TokenFile) -> None:
+def token_remove(
+    name: Annotated[str, typer.Argument(help="Name of the client.")], file: TokenFile, as_json: AsJson = False
+) -> None:
     """Take a client out of the file: a running server refuses its tokens within seconds."""
     with _cloud():
         from louver.cloud.tokens import remove_client
 
     remove_client(file, name)
+    if as_json:
+        print(json.dumps({"name": name, "removed": True}))
 
 
 @token.command("list")

@@ -89,13 +89,15 @@ def sign(
     token_file: Annotated[
         Path | None, typer.Option(help="File that holds an OpenID Connect token, for keyless signing.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Sign BUNDLE, so that devices and servers can tell that no byte was changed since."""
     from louver.signing import sign_bundle
 
     password = None if password_file is None else _text(password_file, "--password-file").rstrip("\r\n")
     token = None if token_file is None else _text(token_file, "--token-file").strip()
-    print(sign_bundle(bundle, key=key, password=password, identity_token=token))
+    path = sign_bundle(bundle, key=key, password=password, identity_token=token)
+    print(json.dumps({"signature": str(path)}) if as_json else path)
 
 
 def verify(

@@ -53,7 +53,8 @@ def test_tokens_are_added_listed_and_removed(run):
     code, told, _ = run("token", "list", "--file", "t.json")
     assert "a" in told
     assert token.strip() not in told
-    assert run("token", "remove", "a", "--file", "t.json")[0] == 0
+    code, told, _ = run("token", "remove", "a", "--file", "t.json", "--json")
+    assert (code, json.loads(told)) == (0, {"name": "a", "removed": True})
     code, _, error = run("token", "remove", "a", "--file", "t.json")
     assert (code, "no client a; known: b" in error) == (2, True)
 
