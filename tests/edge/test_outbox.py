@@ -121,7 +121,7 @@ def test_closed_while_it_sends_the_thread_keeps_the_rest_and_complains_of_nothin
     with Edge(cloud.bundle, server=cloud.address, policy="queue", settings=options(tmp_path)) as edge:
         cloud.always = status(503)
         waiting = [edge.infer(pictures(seed=i)).request_id for i in range(3)]
-        cloud.always = slow(0.2)
+        cloud.always = lambda handler, seen: edge._closing.wait(5) and answer(handler, seen)
         cloud.seen.clear()
         edge.send_in_background(lambda one: late.append(one.request_id), every_s=0.01)
         while not cloud.seen:

@@ -207,9 +207,9 @@ class Edge:
     def infer_many(self, batches: Iterable[NDArray[np.float32]]) -> Generator[Answer]:
         """The answers for many calls of `infer`, in order, each as soon as it is there.
 
-        `batches` is read, and features are computed, in a thread of its own: it may be endless, or let wait for its
-        next images. At most `most_in_flight` batches are under way, and one more is read. The first error, also one of
-        `batches`, ends it, once what came before it is answered. Closed early, it reads no more.
+        `batches` is read, and features are computed, in a thread of its own: it may be endless, and its next images may
+        be long in coming. At most `most_in_flight` batches are under way, and one more is read. The first error, also
+        one of `batches`, ends it, once what came before it is answered. Closed early, it reads no more.
         """
         under_way: SimpleQueue[Future[Answer] | None] = SimpleQueue()
         room = threading.Semaphore(self.settings.most_in_flight)
