@@ -8,7 +8,8 @@ which is as fast as one with weights that were.
 One server in a process of its own answers every request alike with scores that it never computed, so that what is
 measured is the client. In turns, request by request of the same picture and with the same bytes on the wire:
 `Edge.infer`; onnxruntime and urllib3 by hand; onnxruntime and http.client by hand. Then a fresh process each round:
-seconds from its start until it is ready, and its peak memory after it has answered.
+seconds from its start until it is ready, and its peak memory after it has answered. Last `louver run` on a JPEG of
+1920×1080, with two policies: the peak memory of the command.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import numpy as np
 import onnxruntime
 import urllib3
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from common import record
 from louver.bundle import EDGE, Bundle, Serving, file_hash, read_bundle, write_manifest
@@ -50,9 +52,19 @@ with Edge(sys.argv[1], server=sys.argv[2]) as edge:
     images = np.full((1, *edge.bundle.serving.image_shape), 0.5, np.float32)
     for _ in range(int(sys.argv[3])):
         edge.infer(images)
-    # Not getrusage: its peak is inherited from the process that started this one.
-    (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")]
-    print(int(peak) / 1024)
+"""
+
+COMMANDED = """
+from contextlib import suppress
+from louver import cli
+with suppress(SystemExit):
+    cli.main()
+"""
+
+# Not getrusage: its peak is inherited from the process that started this one.
+PEAK = """
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")]
+print(int(peak) / 1024)
 """
 
 
@@ -193,7 +205,7 @@ def in_turns(ways: dict[str, Callable[[], None]], *, rounds: int, requests: int)
 def fresh(folder: Path, server: str, requests: int) -> tuple[float, float]:
     """(seconds until ready, peak MiB) of a process that starts, gets ready and answers."""
     started = time.perf_counter()
-    command = [sys.executable, "-c", FRESH, str(folder), server, str(requests)]
+    command = [sys.executable, "-c", FRESH + PEAK, str(folder), server, str(requests)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -201,6 +213,27 @@ def fresh(folder: Path, server: str, requests: int) -> tuple[float, float]:
         peak = float(process.stdout.read())
     assert process.returncode == 0
     return ready_s, peak
+
+
+def commanded(folder: Path, server: str, picture: Path, *options: str) -> float:
+    """Peak MiB of `louver run` on one picture."""
+    words = ["run", str(folder), str(picture), "--server", server, *options]
+    done = subprocess.run([sys.executable, "-c", COMMANDED + PEAK, *words], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def measure_command(bundle: Bundle, server: str, rounds: int) -> dict[str, list[float]]:
+    """By policy, the peak of each round."""
+    found: dict[str, list[float]] = {"fail": [], "queue": []}
+    with tempfile.TemporaryDirectory() as folder:
+        picture, queue = Path(folder) / "picture.jpg", Path(folder) / "queue"
+        pixels = np.random.default_rng(0).integers(0, 256, (1080, 1920, 3), np.uint8)
+        Image.fromarray(pixels).save(picture)
+        for _ in range(rounds):
+            found["fail"].append(round(commanded(bundle.folder, server, picture), 1))
+            options = ("--policy", "queue", "--queue", str(queue))
+            found["queue"].append(round(commanded(bundle.folder, server, picture, *options), 1))
+    return found
 
 
 def summary(times: list[list[float]]) -> dict[str, Any]:
@@ -235,6 +268,7 @@ def measure(bundle: Bundle, port: int, *, rounds: int, requests: int) -> dict[st
         "overhead_percent": overhead,
         "ready_s": [round(one, 3) for one, _ in processes],
         "peak_rss_mib": [round(one, 1) for _, one in processes],
+        "command_peak_rss_mib": measure_command(bundle, server, rounds),
         "asked": ASKED,
         "is_met": {
             "overhead": max(overhead.values()) <= ASKED["overhead_percent"],
