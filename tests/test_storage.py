@@ -43,6 +43,13 @@ def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
         os.umask(umask)
 
 
+def test_a_file_that_was_narrowed_stays_so(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "f", b"one")
+    path.chmod(0o600)
+    write_bytes(path, b"two")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"two", 0o600)
+
+
 def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "file", {"psnr": float("nan")})

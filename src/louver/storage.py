@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tempfile
 import weakref
 import zipfile
@@ -63,14 +64,22 @@ def write_with(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(name).chmod(0o666 & ~umask)
+            Path(name).chmod(_mode(path))
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
     return path
+
+
+def _mode(path: Path) -> int:
+    """Who may read the file that is there may read the next one; a new one is as open as the umask lets it be."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        umask = os.umask(0)
+        os.umask(umask)
+        return 0o666 & ~umask
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
