@@ -17,6 +17,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tritonclient.utils import deserialize_bytes_tensor
 
 from bundles import FEATURE, N_SCORES, toy_bundle
 from louver.cloud import Batching, Limits, Repository, Settings, create_app, rpc
@@ -126,6 +127,28 @@ def test_bytes_are_asked_for_by_output_or_by_request(place):
         assert ("inference-header-content-length" in found.headers) == is_binary, extra
 
 
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_the_best_classes_are_those_of_the_scores(place, is_binary):
+    feature = features(3)
+    scores = truth(place.toy, feature)
+    for count in (2, 0, 99, 2):  # heads that differ in this alone, and one again
+        head = head_of(feature, call_id="an-id")
+        head["outputs"][0]["parameters"] = {"binary_data": is_binary, "classification": count}
+        found = place.ask(infer_path(place.toy), *binary(head, feature.tobytes()))
+        text = found.body[: int(found.headers.get("inference-header-content-length", len(found.body)))]
+        (output,) = json.loads(text)["outputs"]
+        if not count:
+            assert (output["datatype"], output["shape"]) == ("FP32", [3, N_SCORES])
+            continue
+        assert (output["datatype"], output["shape"]) == ("BYTES", [3, min(count, N_SCORES)])
+        texts = deserialize_bytes_tensor(found.body[len(text) :]).tolist() if is_binary else output["data"]
+        texts = [one.decode() if is_binary else one for one in texts]
+        best = [(i, label) for i in range(3) for label in np.argsort(-scores[i])[:count]]
+        assert [one.partition(":")[2] for one in texts] == [f"{label}:class {label}" for _, label in best]
+        told = [float(one.partition(":")[0]) for one in texts]
+        np.testing.assert_allclose(told, [scores[one] for one in best], rtol=1e-5, atol=1e-5)
+
+
 def test_parameters_that_some_clients_send_have_no_effect(place):
     feature, more = features(2), {"priority": 9, "timeout": 1}
     own = {"sequence_id": "a", "sequence_start": True, "sequence_end": False, "mine": 1.5}
@@ -172,7 +195,7 @@ def test_health_and_metadata(place):
         assert place.ask(path).status == 200
     assert place.ask(f"/v2/models/toy/versions/{place.real.id}/ready").status == 404
     server = json.loads(place.ask("/v2").body)
-    assert (server["name"], server["extensions"]) == ("louver", ["binary_tensor_data"])
+    assert (server["name"], server["extensions"]) == ("louver", ["binary_tensor_data", "classification"])
     for path in ("/v2/models/toy", f"/v2/models/toy/versions/{toy.id}"):
         assert json.loads(place.ask(path).body) == {
             "name": "toy",
@@ -242,10 +265,15 @@ WRONG = {
     "a size of truth": (of(parameters={"binary_data_size": True}), 400, "to be int"),
     "a size of less": (of(parameters={"binary_data_size": 159}), 400, "expected binary_data_size 160"),
     "a size below 0": (of(parameters={"binary_data_size": -1}), 400, "expected binary_data_size 160"),
-    "a class count": (
-        binary({**GOOD, "outputs": [{"name": "scores", "parameters": {"classification": 3}}]}, ONE.tobytes()),
+    "classes below 0": (
+        binary({**GOOD, "outputs": [{"name": "scores", "parameters": {"classification": -3}}]}, ONE.tobytes()),
         400,
-        "does not support",
+        "1 to 1000 classes, got -3",
+    ),
+    "a class count of text": (
+        binary({**GOOD, "outputs": [{"name": "scores", "parameters": {"classification": "3"}}]}, ONE.tobytes()),
+        400,
+        "to be int",
     ),
     "a size and data": (of(data=[1]), 400, "both"),
     "bytes that nobody told of": (of(parameters={}), 400, "no input has a binary_data_size"),

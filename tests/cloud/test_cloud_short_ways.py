@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bundles import toy_bundle
+from bundles import N_SCORES, toy_bundle
 from louver.cloud import Batching, Limits, Repository, Settings, create_app, rpc
 from louver.cloud import inference_pb2 as messages
 from louver.cloud.batching import Batcher, Workers
@@ -56,7 +56,7 @@ def outcome(work):
         found = work()
     except Refusal as refusal:
         return refusal.status
-    return found.id, found.is_binary, found.feature.shape, found.feature.tobytes()
+    return found.id, found.is_binary, found.classes, found.feature.shape, found.feature.tobytes()
 
 
 def test_a_known_head_has_the_id_and_the_tensor_of_its_own_request(place):
@@ -160,6 +160,27 @@ def test_a_known_message_is_answered_with_its_own_id_and_scores(place):
     assert len(app.service.rpc_heads) == 1
 
 
+def test_messages_that_differ_in_their_classes_are_not_taken_for_one_another(place):
+    bundle, app = place
+
+    async def work():
+        for count in (2, None, 3, 2, None):
+            asked = messages.ModelInferRequest.FromString(message(model_version=bundle.id))
+            output = asked.outputs.add(name="scores")
+            if count is not None:
+                output.parameters["classification"].int64_param = count
+            found = messages.ModelInferResponse.FromString(
+                await rpc._infer(app.service, message_of(asked.SerializeToString()), Context())
+            )
+            (output,) = found.outputs
+            assert (output.datatype, list(output.shape)) == (
+                ("BYTES", [3, count]) if count is not None else ("FP32", [3, N_SCORES])
+            )
+
+    asyncio.run(work())
+    assert len(app.service.rpc_heads) == 3
+
+
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_a_message_is_judged_the_same_with_known_heads(model, drawn):
@@ -186,7 +207,7 @@ def test_a_message_is_judged_the_same_with_known_heads(model, drawn):
     if len(parts[2]) != FEW.nbytes:
         assert long == 400
     else:
-        assert long == (parts[1].decode(), True, FEW.shape, bytes(parts[2]))
+        assert long == (parts[1].decode(), True, 0, FEW.shape, bytes(parts[2]))
 
 
 def test_heads_start_anew_when_they_are_too_many():

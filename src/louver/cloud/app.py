@@ -36,7 +36,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Handler = Callable[["_Exchange"], Awaitable[None]]
 
-EXTENSIONS = ("binary_tensor_data",)
+EXTENSIONS = ("binary_tensor_data", "classification")
 _INLINE_BYTES = 2**18
 """Bodies of up to this size, before and after, are decompressed on the event loop: a thread would cost more."""
 
@@ -240,7 +240,8 @@ async def _infer_as(exchange: _Exchange, request: Request) -> None:
         service.hold(request, len(body))
     call = await _call(service, served, body, head)
     scores = service.checked(await _unless_gone(exchange, await service.submit(request, call, content)))
-    head, answer = answer_call(served.model, call, scores)
+    work = partial(answer_call, served.model, call, scores)
+    head, answer = await service.aside.do(work) if call.classes else work()
     if head is None:
         await exchange.answer(200, answer, _JSON)
     else:

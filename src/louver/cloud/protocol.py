@@ -28,7 +28,10 @@ __all__ = [
     "Asked",
     "Call",
     "RestHeads",
+    "answer_bytes",
     "answer_call",
+    "answer_form",
+    "check_classes",
     "check_feature",
     "check_rows",
     "is_own",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 MOST_ID = 256
+_MOST_CLASSES = 1000
 _PIECE = 2**14
 _HARMLESS = ("priority", "timeout")
 """Parameters that some clients send with each request; the server has no use for them."""
@@ -45,11 +49,12 @@ _HARMLESS = ("priority", "timeout")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """A checked request: rows of features, and whether the scores are wanted as bytes."""
+    """A checked request: rows of features, and how the scores are wanted: as bytes, as the best `classes`, or plain."""
 
     id: str
     feature: NDArray[Any]
     is_binary: bool
+    classes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ class Asked:
     rows: int
     size: int
     is_binary: bool
+    classes: int
 
 
 RestHeads = Heads[tuple[str, bytes], Asked]
@@ -91,7 +97,7 @@ def read_call(
             if asked is not None:
                 feature = tensor_bytes(memoryview(body)[header_bytes:], model, asked.rows, told=asked.size)
                 check_feature(feature)
-                return Call(id=start[1].decode(), feature=feature, is_binary=asked.is_binary)
+                return Call(id=start[1].decode(), feature=feature, is_binary=asked.is_binary, classes=asked.classes)
     content = _json(body, header_bytes, limits)
     _only(content, "the request", {"id", "inputs", "outputs", "parameters"})
     call_id = content.get("id", "")
@@ -112,29 +118,47 @@ def read_call(
         begin = len(body) if header_bytes is None else header_bytes
         feature = tensor_bytes(memoryview(body)[begin:], model, rows, told=size)
     check_feature(feature)
-    is_binary = bool(wants.get("binary_data_output", False))
+    is_binary, classes = bool(wants.get("binary_data_output", False)), 0
     if content.get("outputs", []) != []:
         output = _one(content["outputs"], "outputs", SCORES)
         _only(output, "the output", {"name", "parameters"})
-        is_binary = bool(_parameters(output, "the output", {"binary_data": bool}).get("binary_data", is_binary))
+        wants = _parameters(output, "the output", {"binary_data": bool, "classification": int})
+        is_binary = bool(wants.get("binary_data", is_binary))
+        if wants.get("classification", 0) != 0:
+            classes = check_classes(model, wants["classification"])
     if heads is not None and key is not None and size is not None:
-        heads.keep(key, Asked(rows, size, is_binary))
-    return Call(id=call_id, feature=feature, is_binary=is_binary)
+        heads.keep(key, Asked(rows, size, is_binary, classes))
+    return Call(id=call_id, feature=feature, is_binary=is_binary, classes=classes)
 
 
 def answer_call(model: Model, call: Call, scores: NDArray[np.float32]) -> tuple[int | None, bytes]:
     """The body with these scores, and the length of its JSON if bytes follow it."""
     # Written by hand: an encoder takes longer than all else here. Names and versions of bundles need no escape.
     call_id = f'"id":{json.dumps(call.id)},' if call.id else ""
+    datatype, shape = answer_form(call, scores)
     start = (
         f'{{"model_name":"{model.name}","model_version":"{model.version}",{call_id}'
-        f'"outputs":[{{"name":"{SCORES}","datatype":"FP32","shape":{list(scores.shape)},'
+        f'"outputs":[{{"name":"{SCORES}","datatype":"{datatype}","shape":{list(shape)},'
     )
     if not call.is_binary:
-        return None, f'{start}"data":{json.dumps(scores.reshape(-1).tolist(), allow_nan=False)}}}]}}'.encode()
-    content = np.ascontiguousarray(scores, "<f4").tobytes()
+        data = _best_classes(model, call, scores) if call.classes else scores.reshape(-1).tolist()
+        return None, f'{start}"data":{json.dumps(data, allow_nan=False)}}}]}}'.encode()
+    content = answer_bytes(model, call, scores)
     text = f'{start}"parameters":{{"binary_data_size":{len(content)}}}}}]}}'.encode()
     return len(text), text + content
+
+
+def answer_form(call: Call, scores: NDArray[np.float32]) -> tuple[str, tuple[int, ...]]:
+    """Datatype and shape of the answer with these scores."""
+    return ("BYTES", (len(scores), call.classes)) if call.classes else ("FP32", scores.shape)
+
+
+def answer_bytes(model: Model, call: Call, scores: NDArray[np.float32]) -> bytes:
+    """The answer with these scores as bytes of a tensor; of classes, each with its length before it."""
+    if not call.classes:
+        return np.ascontiguousarray(scores, "<f4").tobytes()
+    texts = [one.encode() for one in _best_classes(model, call, scores)]
+    return b"".join(len(one).to_bytes(4, "little") + one for one in texts)
 
 
 def model_metadata(model: Model, versions: Sequence[str]) -> dict[str, Any]:
@@ -166,6 +190,20 @@ def check_rows(model: Model, datatype: object, shape: object, limits: Limits) ->
     return rows
 
 
+def check_classes(model: Model, count: int) -> int:
+    """How many classes of an image are told where the best `count` are asked for.
+
+    Raises:
+        Refusal: 400, too many or too few, or the scores are no classes.
+    """
+    if len(model.output_shape) != 1:
+        raise Refusal(400, f"expected no classification: the scores of an image have shape {list(model.output_shape)}")
+    found = min(count, model.output_shape[0])
+    if not 1 <= found <= _MOST_CLASSES:
+        raise Refusal(400, f"expected a classification of 1 to {_MOST_CLASSES} classes, got {shown(count)}")
+    return found
+
+
 def tensor_bytes(content: memoryview | bytes, model: Model, rows: int, *, told: int | None = None) -> NDArray[Any]:
     """The tensor whose bytes these are, not one more or less.
 
@@ -189,6 +227,17 @@ def check_feature(feature: NDArray[Any]) -> None:
     """
     if feature.dtype.kind == "f" and not np.isfinite(feature).all():
         raise Refusal(400, "the feature holds NaN or infinity")
+
+
+def _best_classes(model: Model, call: Call, scores: NDArray[np.float32]) -> list[str]:
+    """Of each image its best classes, best first, as Triton writes them: `score:index:label`, or without label.
+
+    Not for the event loop: 1,000 classes of 256 images take a third of a second.
+    """
+    names = [f"{i}:{label}" for i, label in enumerate(model.labels)] or list(map(str, range(scores.shape[1])))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : call.classes]
+    best = np.take_along_axis(scores, order, axis=1)
+    return [f"{score:f}:{names[i]}" for score, i in zip(best.flat, order.flat, strict=True)]
 
 
 def _json(body: bytes, header_bytes: int | None, limits: Limits) -> dict[str, Any]:

@@ -24,7 +24,18 @@ from louver.cloud.certificates import Certificates
 from louver.cloud.clients import ANYONE
 from louver.cloud.heads import MOST_HEAD_BYTES
 from louver.cloud.models import FEATURE, SCORES, Model
-from louver.cloud.protocol import MOST_ID, Call, check_feature, check_rows, is_own, model_metadata, tensor_bytes
+from louver.cloud.protocol import (
+    MOST_ID,
+    Call,
+    answer_bytes,
+    answer_form,
+    check_classes,
+    check_feature,
+    check_rows,
+    is_own,
+    model_metadata,
+    tensor_bytes,
+)
 from louver.cloud.refusals import Refusal, shown
 from louver.cloud.service import GONE, Request, Service
 from louver.cloud.settings import Limits
@@ -267,10 +278,12 @@ async def _infer(service: Service, read: Read, context: Context) -> bytes:
             call = await service.aside.do(judge) if is_long else judge()
             # Without a version: which one that is may change.
             if call.is_binary and asked.model_version and parts is not None:
-                service.rpc_heads.keep(parts[0], (asked.model_name, asked.model_version, len(call.feature)))
+                known = (asked.model_name, asked.model_version, len(call.feature), call.classes)
+                service.rpc_heads.keep(parts[0], known)
         scores = service.checked(await (await service.submit(request, call, content)))
         assert request.served is not None
-        return _answer(request.served.model, call, scores)
+        work = partial(_answer, request.served.model, call, scores)
+        return await service.aside.do(work) if call.classes else work()
     except Refusal as refusal:
         request.status = refusal.status
         raise
@@ -348,11 +361,11 @@ def _known_call(service: Service, request: Request, parts: tuple[bytes, bytes, m
     found = service.rpc_heads.find(head)
     if found is None:
         return None
-    name, version, rows = found
+    name, version, rows, classes = found
     request.served = served = service.repository.find(name, version)
     feature = tensor_bytes(tensor, served.model, rows)
     check_feature(feature)
-    return Call(id=call_id.decode(), feature=feature, is_binary=True)
+    return Call(id=call_id.decode(), feature=feature, is_binary=True, classes=classes)
 
 
 def _parts(content: bytes) -> tuple[bytes, bytes, memoryview] | None:
@@ -478,8 +491,12 @@ def _read_call(asked: Any, model: Model, limits: Limits) -> Call:  # noqa: ANN40
         raise Refusal(400, f"expected outputs to hold {SCORES} and nothing else, got {names}")
     tensor = asked.inputs[0]
     _check_parameters("the request", (key for key in asked.parameters if not is_own(key)))
-    for what, one in (("the input", tensor), *(("the output", one) for one in asked.outputs)):
-        _check_parameters(what, one.parameters)
+    _check_parameters("the input", tensor.parameters)
+    classes = 0
+    for output in asked.outputs:
+        _check_parameters("the output", (key for key in output.parameters if key != "classification"))
+        if "classification" in output.parameters:
+            classes = check_classes(model, output.parameters["classification"].int64_param)
     rows = check_rows(model, tensor.datatype, list(tensor.shape), limits)
     filled = [field.name for field, _ in tensor.contents.ListFields()]
     if asked.raw_input_contents:
@@ -489,7 +506,9 @@ def _read_call(asked: Any, model: Model, limits: Limits) -> Call:  # noqa: ANN40
     else:
         feature = _typed(tensor.contents, filled, model, rows)
     check_feature(feature)
-    return Call(id=asked.id, feature=feature, is_binary=bool(asked.raw_input_contents))
+    # Triton has classes in raw_output_contents whatever was sent.
+    is_binary = bool(asked.raw_input_contents) or classes > 0
+    return Call(id=asked.id, feature=feature, is_binary=is_binary, classes=classes)
 
 
 def _check_parameters(what: str, keys: Iterable[str]) -> None:
@@ -516,13 +535,14 @@ def _typed(contents: Any, filled: list[str], model: Model, rows: int) -> NDArray
 
 
 def _answer(model: Model, call: Call, scores: NDArray[np.float32]) -> bytes:
+    datatype, shape = answer_form(call, scores)
     if call.is_binary:
-        content = np.ascontiguousarray(scores, "<f4").tobytes()
+        content = answer_bytes(model, call, scores)
         # Messages that follow one another are one: what is the same for all answers is made once.
-        return _start(model.name, model.version, scores.shape) + _dump(
+        return _start(model.name, model.version, datatype, shape) + _dump(
             messages.ModelInferResponse(id=call.id, raw_output_contents=(content,))
         )
-    output = messages.ModelInferResponse.InferOutputTensor(name=SCORES, datatype="FP32", shape=scores.shape)
+    output = messages.ModelInferResponse.InferOutputTensor(name=SCORES, datatype=datatype, shape=shape)
     output.contents.fp32_contents.extend(scores.reshape(-1).tolist())
     return _dump(
         messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=call.id, outputs=(output,))
@@ -530,8 +550,8 @@ def _answer(model: Model, call: Call, scores: NDArray[np.float32]) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def _start(name: str, version: str, shape: tuple[int, ...]) -> bytes:
-    output = messages.ModelInferResponse.InferOutputTensor(name=SCORES, datatype="FP32", shape=shape)
+def _start(name: str, version: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    output = messages.ModelInferResponse.InferOutputTensor(name=SCORES, datatype=datatype, shape=shape)
     return _dump(messages.ModelInferResponse(model_name=name, model_version=version, outputs=(output,)))
 
 

@@ -108,8 +108,8 @@ class Service:
         self.is_draining = False
         self.held_bytes = 0
         self.rest_heads = RestHeads()
-        self.rpc_heads: Heads[bytes, tuple[str, str, int]] = Heads()
-        """Name, version and images, by all of a message but its id and its tensor."""
+        self.rpc_heads: Heads[bytes, tuple[str, str, int, int]] = Heads()
+        """Name, version, images and classes, by all of a message but its id and its tensor."""
         self._n_open = 0
 
     def close(self) -> None:
