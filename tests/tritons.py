@@ -41,7 +41,9 @@ def triton_running(environment: Path, bundle: Bundle, folder: Path) -> Iterator[
     """Ports of a Triton server with the bundle's cloud half: (REST, gRPC). Its files and its log go to `folder`."""
     model = write_triton(bundle, folder / "models")
     config = model / "config.pbtxt"
-    config.write_text(config.read_text().replace('backend: "onnxruntime"', 'backend: "python"'))
+    text = config.read_text().replace('backend: "onnxruntime"', 'backend: "python"')
+    config.write_text(text.replace('name: "scores"', 'name: "scores" label_filename: "labels.txt"'))
+    (model / "labels.txt").write_text("\n".join(bundle.serving.labels))
     (model / "1" / "model.py").write_text(MODEL)
     (packages,) = environment.glob("lib/python3*/site-packages")
     home = packages / "pytriton" / "tritonserver"
