@@ -690,7 +690,8 @@ def killed(process: subprocess.Popen[str], *, after_lines: int, wait_s: float = 
     lines = [process.stdout.readline() for _ in range(after_lines)]
     time.sleep(wait_s)
     process.send_signal(signal.SIGKILL)
-    rest, _ = process.communicate(timeout=30)
+    rest = process.stdout.read()  # `communicate` would leave out what was read ahead with the first lines
+    process.communicate(timeout=30)
     return [line.strip() for line in [*lines, *rest.splitlines(keepends=True)] if line.endswith("\n")]
 
 

@@ -274,7 +274,8 @@ def test_interrupted_it_leaves_a_whole_queue(tmp_path: Path, cloud: Cloud, polic
     assert process.stdout is not None
     printed = [process.stdout.readline() for _ in range(3)]
     process.send_signal(signal.SIGINT)
-    rest, error = process.communicate(timeout=30)
+    rest = process.stdout.read()  # `communicate` would leave out what was read ahead with the first lines
+    _, error = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "--resume" not in error
     assert "Traceback" not in error
@@ -372,7 +373,8 @@ def test_what_waits_is_sent_while_the_camera_goes_on(tmp_path: Path, bundle: Bun
             n_queued = len(ids("queue", has_image=True))
             read_until(lambda: len(ids("queue", has_image=True)) > n_queued + 2)
             process.send_signal(signal.SIGINT)
-            rest, error = process.communicate(timeout=30)
+            rest = process.stdout.read()
+            _, error = process.communicate(timeout=30)
             found += map(json.loads, rest.splitlines())
             assert process.returncode == 130
             assert "Traceback" not in error
