@@ -42,8 +42,7 @@ def triton_running(environment: Path, bundle: Bundle, folder: Path) -> Iterator[
     model = write_triton(bundle, folder / "models")
     config = model / "config.pbtxt"
     text = config.read_text().replace('backend: "onnxruntime"', 'backend: "python"')
-    config.write_text(text.replace('name: "scores"', 'name: "scores" label_filename: "labels.txt"'))
-    (model / "labels.txt").write_text("\n".join(bundle.serving.labels))
+    config.write_text(text)
     (model / "1" / "model.py").write_text(MODEL)
     (packages,) = environment.glob("lib/python3*/site-packages")
     home = packages / "pytriton" / "tritonserver"

@@ -12,13 +12,14 @@ from louver.storage import refusals, write_bytes
 
 __all__ = ["triton_name", "write_triton"]
 
+_LABELS = "labels.txt"
 _CONFIG = """\
 # Written by `louver export --triton`; the name ends in the id of the bundle, which Triton's own versions cannot hold.
 name: {name}
 backend: "onnxruntime"
 max_batch_size: {max_batch}
 input [ {{ name: "feature" data_type: TYPE_{dtype} dims: [ {feature} ] }} ]
-output [ {{ name: "scores" data_type: TYPE_FP32 dims: [ {output} ] }} ]
+output [ {{ name: "scores" data_type: TYPE_FP32 dims: [ {output} ]{labels} }} ]
 dynamic_batching {{ max_queue_delay_microseconds: {delay} }}
 instance_group [ {{ count: 2 kind: KIND_CPU }} ]
 parameters [ {{ key: "louver_bundle_id" value: {{ string_value: "{id}" }} }} ]
@@ -51,12 +52,16 @@ def write_triton(bundle: Bundle, folder: Path, *, max_batch: int = 32, max_delay
         dtype=serving.wire_dtype,
         feature=", ".join(map(str, serving.feature_shape)),
         output=", ".join(map(str, serving.output_shape)),
+        labels=f' label_filename: "{_LABELS}"' if serving.labels else "",
         delay=max_delay_us,
         id=bundle.id,
     )
     with refusals(model, then="free space, or name another folder; the bundle itself is whole"):
         try:
             write_bytes(model / "1" / "model.onnx", content)
+            if serving.labels:
+                lines = [" ".join(label.splitlines()) for label in serving.labels]
+                write_bytes(model / _LABELS, "\n".join(lines).encode())
             # Last: without it Triton sees no model.
             write_bytes(model / "config.pbtxt", config.encode())
         except BaseException:

@@ -48,6 +48,8 @@ def test_the_repository_says_what_the_bundle_is(tmp_path: Path) -> None:
         bundle.id,
     ):
         assert line in text
+    assert 'label_filename: "labels.txt"' in text
+    assert (model / "labels.txt").read_text().split("\n") == list(bundle.serving.labels)
     assert (
         "TYPE_FP32 dims: [ 4, 4, 5 ]"
         in (
