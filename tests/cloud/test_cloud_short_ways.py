@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundles import N_SCORES, toy_bundle
-from louver.cloud import Batching, Limits, Repository, Settings, create_app, rpc
+from louver.cloud import Batching, Limits, Repository, Settings, create_app, rpc, rpc_messages
 from louver.cloud import inference_pb2 as messages
 from louver.cloud.batching import Batcher, Workers
 from louver.cloud.connections import _Whole
@@ -185,7 +185,7 @@ def test_messages_that_differ_in_their_classes_are_not_taken_for_one_another(pla
 @settings(max_examples=300, deadline=None)
 def test_a_message_is_judged_the_same_with_known_heads(model, drawn):
     content = message(model_version=model.version)
-    head, call_id, tensor = rpc._parts(content)
+    head, call_id, tensor = rpc_messages.parts_of(content)
     assert (call_id, bytes(tensor)) == (b"an-id", FEW.tobytes())
     changed, at = bytearray(content), drawn.draw(st.integers(0, len(content) - FEW.nbytes + 3))
     match drawn.draw(st.sampled_from(["set", "insert", "delete", "append"])):
@@ -199,11 +199,11 @@ def test_a_message_is_judged_the_same_with_known_heads(model, drawn):
             changed += drawn.draw(
                 st.sampled_from([b"\x1a\x02hi", b"\x1a\x01\xff", b"\x3a\x00", b"\x08\x01", b"\x3a\xff"])
             )
-    parts = rpc._parts(bytes(changed))
+    parts = rpc_messages.parts_of(bytes(changed))
     if parts is None or parts[0] != head:
         return  # is read as a whole
     asked = messages.ModelInferRequest.FromString(bytes(changed))
-    long = outcome(lambda: rpc._read_call(asked, model, LIMITS))
+    long = outcome(lambda: rpc_messages.read_message(asked, model, LIMITS))
     if len(parts[2]) != FEW.nbytes:
         assert long == 400
     else:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundles import toy_bundle
-from louver.cloud import Batching, Limits, Repository, Settings, create_app, json_text, rpc
+from louver.cloud import Batching, Limits, Repository, Settings, create_app, json_text, rpc, rpc_messages
 from louver.cloud import inference_pb2 as messages
 from louver.cloud.aside import Aside
 from louver.cloud.refusals import Refusal
@@ -204,17 +204,17 @@ def size(content: bytes) -> bytes:
 )
 def test_a_long_message_is_long_in_its_tensor_only(content, status):
     if status is None:
-        rpc._check_long(content, Limits())
+        rpc_messages.check_long(content, Limits())
         messages.ModelInferRequest.FromString(content)
         return
     with pytest.raises(Refusal) as refused:
-        rpc._check_long(content, Limits())
+        rpc_messages.check_long(content, Limits())
     assert refused.value.status == status
 
 
 def test_many_ids_are_not_walked_over():
-    assert rpc._parts(b"\x1a\x00\x3a\x01x")[1] == b""
-    assert rpc._parts(b"\x1a\x00\x1a\x00\x3a\x01x") is None
+    assert rpc_messages.parts_of(b"\x1a\x00\x3a\x01x")[1] == b""
+    assert rpc_messages.parts_of(b"\x1a\x00\x1a\x00\x3a\x01x") is None
 
 
 # Long JSON
