@@ -347,6 +347,13 @@ def test_who_does_not_take_answers_holds_back_the_source(cloud: Cloud) -> None:
         assert len(taken) == 5
 
 
+def run_alone(code: str, folder: Path, bundle: Bundle, *, within_s: float) -> subprocess.CompletedProcess[str]:
+    """What a process of its own does with the folder of a bundle and the address of a cloud."""
+    with Cloud(bundle) as cloud:
+        command = [sys.executable, "-c", code, str(folder), cloud.address]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=within_s)
+
+
 def test_a_source_that_blocks_for_ever_keeps_no_process_alive(tmp_path: Path) -> None:
     bundle = toy_bundle(tmp_path)
     code = (
@@ -360,9 +367,7 @@ def test_a_source_that_blocks_for_ever_keeps_no_process_alive(tmp_path: Path) ->
         "        print(answer.source)\n"
         "        break\n"
     )
-    with Cloud(bundle) as cloud:
-        command = [sys.executable, "-c", code, str(tmp_path), cloud.address]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    done = run_alone(code, tmp_path, bundle, within_s=30)
     assert (done.returncode, done.stdout, done.stderr) == (0, "cloud\n", "")
 
 
@@ -449,8 +454,6 @@ def test_a_device_needs_neither_torch_nor_the_lab(tmp_path: Path) -> None:
         "ours = {name.split('.')[1] for name in sys.modules if name.startswith('louver.')}\n"
         "print(sorted(heavy & set(sys.modules)), sorted(ours))\n"
     )
-    with Cloud(bundle) as cloud:
-        command = [sys.executable, "-c", code, str(tmp_path), cloud.address]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = run_alone(code, tmp_path, bundle, within_s=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[] ['bundle', 'edge', 'errors', 'graph_errors', 'storage', 'triton']"

@@ -278,8 +278,8 @@ def read_contents(
 ) -> dict[Path, Content]:
     """By folder, the bundles in `paths`: the bytes whose hash is that of their manifest.
 
-    One that is not in `before` is run once, for it takes the place of one that runs. With a list for failures, each
-    goes there and `before` fills its place.
+    With those of `before`, one that is not among them is run once, for it may take the place of one that runs. With a
+    list for failures, each goes there and `before` fills its place.
 
     Raises:
         BundleError: without that list: no bundle, one that is not as it was exported or does not run, or one that
@@ -287,11 +287,12 @@ def read_contents(
         ConfigError: without that list: the maker's key cannot be read.
     """
     known: dict[str, Content] = {}
-    has_run = {one.version for one in (before or {}).values()}
+    # At the start whoever starts the service has run them all.
+    has_run = {one.version for one in before.values()} if before is not None else None
 
     def read(folder: Path) -> Content:
         bundle = trusted_bundle(folder, maker)
-        if bundle.id not in has_run:
+        if has_run is not None and bundle.id not in has_run:
             model_of(bundle, threads=1)
             has_run.add(bundle.id)
         content = Content(version=bundle.id, manifest=bundle.manifest, cloud=bundle.content(CLOUD))

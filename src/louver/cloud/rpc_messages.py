@@ -72,15 +72,10 @@ def parts_of(content: bytes) -> tuple[bytes, bytes, memoryview] | None:
     call_id: bytes | None = None
     tensor = None
     while position < end:
-        tag, start, shift, size = content[position], position + 1, 0, 0
-        while start < end and shift < 35:
-            byte = content[start]
-            start += 1
-            size |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
-        else:
+        tag = content[position]
+        try:
+            size, start = _varint(view, position + 1)
+        except Refusal:  # it is said where the message is read as a whole
             return None
         stop = start + size
         if stop > end:
